@@ -34,7 +34,7 @@ from peftscope.execution.merge import base_of_adapter
 from peftscope.files.atomic import write_json
 from peftscope.memory.probe import probe_training
 from peftscope.memory.simulate import simulate
-from peftscope.methods import tuner_limits, tuner_options
+from peftscope.methods import tuner_options
 from peftscope.models.catalog import model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.planning.experiment import Experiment, experiment_path, read_experiment
@@ -338,13 +338,13 @@ def main() -> None:
     write_json(tuner_options.OPTIONS_FILE, options_of_peft())
     fetch_model("toy")
     make_task("two-digit-sums")
-    limits = dict(tuner_limits.limits())
-    tuner_limits.limits().clear()  # what was found before refuses nothing now
+    limits = dict(tuner_options.limits())
+    tuner_options.limits().clear()  # what was found before refuses nothing now
     for tuner in sys.argv[1:] or tuners():
         limits[tuner] = limits_of(tuner)
         print(tuner, json.dumps(limits[tuner], indent=1), flush=True)
         known = {name: limits[name] for name in tuners() if limits.get(name)}
-        write_json(tuner_limits.LIMITS_FILE, {"peft": version("peft"), "tuners": known})
+        write_json(tuner_options.LIMITS_FILE, {"peft": version("peft"), "tuners": known})
         write_blocks({"tuners": render(known, version("peft"))}, PAGE)
 
 

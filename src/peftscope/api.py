@@ -89,7 +89,7 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
             from peftscope.execution.run import execute
 
             if spec.generation_items or spec.benchmarks:
-                import peftscope.evaluation.benchmarks  # noqa: F401
+                import peftscope.evaluation.answers  # noqa: F401
             if spec.device == "cuda":
                 check_cards(1)
             resources = inputs(spec)

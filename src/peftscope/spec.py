@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -160,85 +161,67 @@ class RunSpec(BaseModel):
     device: Annotated[Device, Field(description="set by the machine, not by experiment files")] = "cpu"
 
     @model_validator(mode="after")
-    def _regime_fits_method(self) -> RunSpec:
-        if self.method.quantization() and self.precision != "bf16":
+    def _fields_fit(self) -> RunSpec:
+        if misfit := next(self._misfits(), ""):
+            raise ValueError(misfit)
+        return self
+
+    def _misfits(self) -> Iterator[str]:
+        """Yields what does not fit together, and what to use instead."""
+        method = self.method
+        if method.quantization() and self.precision != "bf16":
             remedy = "bf16 with autocast" if self.precision == "amp" else "bf16"
-            raise ValueError(
-                f"precision={self.precision} does not fit a 4-bit base, which computes in bf16; use {remedy}"
-            )
+            yield f"precision={self.precision} does not fit a 4-bit base, which computes in bf16; use {remedy}"
         if self.autocast and self.precision != "bf16":
-            raise ValueError("autocast is for bf16 weights: precision=amp is fp32 weights under autocast; use amp")
-        if getattr(self.method, "kbit_preparation", "none") == "trl" and not self.autocast:
-            raise ValueError(
+            yield "autocast is for bf16 weights: precision=amp is fp32 weights under autocast; use amp"
+        if getattr(method, "kbit_preparation", "none") == "trl" and not self.autocast:
+            yield (
                 "kbit_preparation=trl puts norms in fp32 before a head in bf16, and only autocast multiplies the two; "
                 "use autocast=true, or kbit_preparation=peft"
             )
-        if self.steps < self.method.min_steps:
-            raise ValueError(f"steps={self.steps}: {self.method.name} needs at least {self.method.min_steps}")
+        if self.steps < method.min_steps:
+            yield f"steps={self.steps}: {method.name} needs at least {method.min_steps}"
         if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must not exceed steps={self.steps}")
+            yield f"warmup_steps={self.warmup_steps} must not exceed steps={self.steps}"
         if self.generation_items > self.heldout_items:
-            raise ValueError(
-                f"generation_items={self.generation_items} must not exceed heldout_items={self.heldout_items}"
-            )
-        if self.validation_every and not self.validation_items:
-            raise ValueError(f"validation_every={self.validation_every} needs validation_items above 0")
-        if self.retention_every and not self.retention_tokens:
-            raise ValueError(f"retention_every={self.retention_every} needs retention_tokens above 0")
-        for name in ("validation_every", "retention_every"):
+            yield f"generation_items={self.generation_items} must not exceed heldout_items={self.heldout_items}"
+        for name, scored in (("validation_every", "validation_items"), ("retention_every", "retention_tokens")):
+            if getattr(self, name) and not getattr(self, scored):
+                yield f"{name}={getattr(self, name)} needs {scored} above 0"
             if getattr(self, name) and self.compile:
-                raise ValueError(f"{name} does not work with compile, which compiles training only; use 0")
+                yield f"{name} does not work with compile, which compiles training only; use 0"
         if self.attention == "flash_attention_2" and (self.device == "cpu" or self.precision == "fp32"):
-            raise ValueError("attention=flash_attention_2 needs a CUDA card and 16-bit precision; use sdpa")
-        if self.packing and not self.method.supports_packing:
-            raise ValueError(
-                f"packing does not work with {self.method.name}, whose virtual tokens precede a single prompt"
-            )
+            yield "attention=flash_attention_2 needs a CUDA card and 16-bit precision; use sdpa"
+        if self.packing and not method.supports_packing:
+            yield f"packing does not work with {method.name}, whose virtual tokens precede a single prompt"
         if self.optimizer not in ("adamw", "sgd") and self.optimizer_implementation != "foreach":
-            raise ValueError(
-                f"optimizer_implementation is an option of torch.optim; leave it out with {self.optimizer}"
-            )
-        if self.checkpointing and not self.method.supports_checkpointing:
-            raise ValueError(f"checkpointing does not work with {self.method.name}, which fills the key-value cache")
-        if self.compile and self.checkpointing and not self.method.compiles_recomputation:
-            raise ValueError(
-                f"compile does nothing with checkpointing and {self.method.name}, whose layers torch.compile leaves as "
+            yield f"optimizer_implementation is an option of torch.optim; leave it out with {self.optimizer}"
+        if self.checkpointing and not method.supports_checkpointing:
+            yield f"checkpointing does not work with {method.name}, which fills the key-value cache"
+        if self.compile and self.checkpointing and not method.compiles_recomputation:
+            yield (
+                f"compile does nothing with checkpointing and {method.name}, whose layers torch.compile leaves as "
                 "they are, without a word; leave out one of the two"
             )
-        if self.latency_tokens and (not self.method.mergeable or self.shards > 1):
-            raise ValueError(
+        if self.latency_tokens and (not method.mergeable or self.shards > 1):
+            yield (
                 f"latency_tokens={self.latency_tokens} compares an adapter that is apart with a merged one, which "
-                f"{self.method.name} with shards={self.shards} does not have; use 0"
+                f"{method.name} with shards={self.shards} does not have; use 0"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _start_fits(self) -> RunSpec:
-        if self.start_from is None:
-            if self.start_as == "merged":
-                raise ValueError("start_as=merged needs start_from, the run whose adapter is merged")
-            return self
-        fits = self.method.continues or (self.start_as == "merged" and self.method.trains_base)
-        if self.shards > 1 or not fits:
-            raise ValueError(
-                f"start_from does not work with {self.method.name}, start_as={self.start_as} and shards={self.shards}; "
+        if self.start_from is None and self.start_as == "merged":
+            yield "start_as=merged needs start_from, the run whose adapter is merged"
+        continues = method.continues or (self.start_as == "merged" and method.trains_base)
+        if self.start_from is not None and (self.shards > 1 or not continues):
+            yield (
+                f"start_from does not work with {method.name}, start_as={self.start_as} and shards={self.shards}; "
                 "use lora, rslora, lora-plus or dora, or full with start_as: merged, and shards: 1"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _shards_fit(self) -> RunSpec:
-        if self.shards == 1:
-            return self
-        if self.method.quantization() or not self.method.supports_shards:
-            raise ValueError(f"shards={self.shards} does not work with {self.method.name}; use shards: 1")
-        if self.optimizer not in ("adamw", "sgd"):
-            raise ValueError(f"shards={self.shards} needs an optimizer of torch (got {self.optimizer}); use adamw")
+        if self.shards > 1 and (method.quantization() or not method.supports_shards):
+            yield f"shards={self.shards} does not work with {method.name}; use shards: 1"
+        if self.shards > 1 and self.optimizer not in ("adamw", "sgd"):
+            yield f"shards={self.shards} needs an optimizer of torch (got {self.optimizer}); use adamw"
         if self.batch_size % self.shards:
-            raise ValueError(
-                f"shards={self.shards} must divide batch_size={self.batch_size}, so that all get equal rows"
-            )
-        return self
+            yield f"shards={self.shards} must divide batch_size={self.batch_size}, so that all get equal rows"
 
     @property
     def autocasts(self) -> bool:

@@ -99,8 +99,8 @@ def test_a_break_is_found_with_an_interval_that_covers_it() -> None:
     for seed in range(20):
         noise = 0.03 * np.random.default_rng(seed).standard_normal(len(given))
         found = fit_break(given, 0.9 * np.minimum(given, 3000) + given * noise)
-        covered += found.low <= 3000 <= found.high
-        assert found.is_bounded and found.share == pytest.approx(0.9, abs=0.1)
+        covered += found["break_low"] <= 3000 <= found["break_high"]
+        assert found["is_bounded"] and found["followed_share"] == pytest.approx(0.9, abs=0.1)
     assert covered >= 15
 
 
@@ -108,7 +108,7 @@ def test_a_break_is_found_with_an_interval_that_covers_it() -> None:
 def test_sizes_on_one_side_of_a_break_do_not_bound_it(true: float) -> None:
     given = np.repeat([500.0, 1000, 2000, 4000], 2)
     noise = 0.01 * np.random.default_rng(0).standard_normal(len(given))
-    assert not fit_break(given, np.minimum(given, true) + given * noise).is_bounded
+    assert not fit_break(given, np.minimum(given, true) + given * noise)["is_bounded"]
 
 
 def test_the_claim_on_two_bits_follows_the_break(here: Path) -> None:

@@ -18,7 +18,7 @@ from peftscope.analysis.study import HELDOUT, StudyResults
 from peftscope.layout import record_path
 from peftscope.planning.sweep import expand
 from peftscope.report.contrasts import contrasts, controls, readable_contrasts, readable_controls
-from peftscope.report.leaderboard import Section, read_sections, table, write_leaderboard
+from peftscope.report.leaderboard import Section, read_sections, reference_of, table, write_leaderboard
 from peftscope.report.publish import publish
 
 CLOSE = GAINS | {"lora": [2.05, 1.98, 2.02, 1.96, 2.04, 1.99]}
@@ -41,7 +41,7 @@ def compare_arms(write_experiment) -> Compare:
 
 
 def section_of(*names: str) -> Section:
-    return next(section for section in read_sections()[0] if list(section.reference.said) == list(names))
+    return next(section for section in read_sections()[0] if list(reference_of(section).said) == list(names))
 
 
 def rows_of(section: Section) -> pd.DataFrame:
@@ -76,7 +76,7 @@ def test_rows_stand_in_the_order_of_their_estimates_which_is_no_result(shift: fl
     compare_arms(CLOSE | {"lora": [gain + shift for gain in CLOSE["full"]]})
     (section,), left_out = read_sections()
     first = ["full fine-tuning", "LoRA"] if shift < 0 else ["LoRA", "full fine-tuning"]
-    assert [entry.label for entry in section.entries] == [*first, "LoRA, thin", "LoRA against itself (A/A)"]
+    assert [entry.label for entry in section] == [*first, "LoRA, thin", "LoRA against itself (A/A)"]
     page = write_leaderboard([section], left_out)
     for suffix in (".html", ".md"):
         text = " ".join(page.with_suffix(suffix).read_text().split())
@@ -87,7 +87,7 @@ def test_rows_stand_in_the_order_of_their_estimates_which_is_no_result(shift: fl
 def test_the_reference_that_entered_twice_is_a_control(compare_arms: Compare) -> None:
     arms, chosen = STUDY["study"]["arms"], STUDY["study"]["chosen_rates"] | {REFERENCE_AGAIN: 1e-4}
     compare_arms(CLOSE | {REFERENCE_AGAIN: CLOSE["lora"]}, arms=arms, a_a="full", chosen_rates=chosen)
-    entries = section_of("mine").entries
+    entries = section_of("mine")
     assert [entry.is_control for entry in entries] == [False] * 3 + [True] * 2
     assert "full fine-tuning against itself (A/A)" in {entry.label for entry in entries[3:]}
 
@@ -97,7 +97,7 @@ def test_studies_with_the_same_runs_of_the_reference_share_a_table(compare_arms:
     compare_arms()
     other = Path("results/other")
     shutil.copytree("results/mine", other)
-    entries = section_of("mine", "other").entries
+    entries = section_of("mine", "other")
     assert [list(entry.said) for entry in entries] == [["mine", "other"]] * 4
     # Each study corrects for its own arms, so that two of them may say different things of the same runs.
     assert replace(entries[1], said={"mine": "open", "other": "open"}).outcome == "open"
@@ -109,13 +109,13 @@ def test_studies_with_the_same_runs_of_the_reference_share_a_table(compare_arms:
         runs.to_csv(other / "runs.csv", index=False)
 
     change("thin", HELDOUT, 0.1)
-    labels = [entry.label for entry in section_of("mine", "other").entries]
+    labels = [entry.label for entry in section_of("mine", "other")]
     assert {"LoRA, thin (mine)", "LoRA, thin (other)"} < {*labels}  # the same runs, but other numbers
     change("lora", "run_id", "-at-another-rate")
-    labels = [entry.label for entry in section_of("mine", "other").entries]
+    labels = [entry.label for entry in section_of("mine", "other")]
     assert {"LoRA (mine)", "LoRA (other)"} < {*labels} and "full fine-tuning" in labels
     change("full", "run_id", "-on-other-seeds")
-    assert {tuple(section.reference.said) for section in read_sections()[0]} >= {("mine",), ("other",)}
+    assert {tuple(reference_of(section).said) for section in read_sections()[0]} >= {("mine",), ("other",)}
 
 
 def test_an_unfinished_study_is_left_out_with_a_sentence(compare_arms: Compare, peftscope) -> None:
@@ -123,7 +123,7 @@ def test_an_unfinished_study_is_left_out_with_a_sentence(compare_arms: Compare, 
     record_path(members("arm-thin")[0]).unlink()
     collect_experiment(expand("mine"))
     sections, left_out = read_sections()
-    assert "mine" not in {name for section in sections for name in section.reference.said}
+    assert "mine" not in {name for section in sections for name in reference_of(section).said}
     assert left_out["mine"] == "not finished (5 of 6 runs done)"
     _, said, _ = peftscope("leaderboard")
     assert "Left out: mine: not finished (5 of 6 runs done)." in said

@@ -27,7 +27,7 @@ from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.cli.main import report
 from peftscope.cli.study import describe
 from peftscope.errors import InputError
-from peftscope.planning.experiment import A_A_SHIFT
+from peftscope.planning.experiment import A_A_SHIFT, BorrowedRate
 from peftscope.planning.published import VALIDATION, published_items, published_records
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
@@ -482,7 +482,7 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
     assert study.rate("paper").best == 2e-5 and study.rate("short").regret == 0
     study._tuned = {"lora": {"learning_rate": 1e-3, "tried": [], "regret_rms": 0.02}}
     assert study.rate("short").regret == 0  # at three times LoRA's rate
-    study.settings.borrowed_rates["short"].times = 1
+    study.settings.borrowed_rates["short"] = BorrowedRate(arm="lora")
     assert study.rate("short").regret == 0.02 and study.rate("paper").regret == 0
     with pytest.raises(InputError, match="the arm `paper` was not tuned: its rate was given"):
         study.tuning_runs("paper")

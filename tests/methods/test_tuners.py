@@ -14,8 +14,7 @@ from peftscope.errors import InputError
 from peftscope.evaluation.answers import wrap
 from peftscope.memory.probe import probe_training
 from peftscope.memory.tracker import MemoryTracker
-from peftscope.methods.tuner_limits import LIMITS_FILE, limits
-from peftscope.methods.tuner_options import OPTIONS_FILE, options_of
+from peftscope.methods.tuner_options import LIMITS_FILE, OPTIONS_FILE, limits, options_of
 from peftscope.planning.sweep import expand
 from peftscope.spec import RunSpec, memory_key, run_id
 from peftscope.training.build import build_model

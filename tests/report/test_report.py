@@ -6,7 +6,6 @@ import ast
 import re
 import shutil
 from fnmatch import fnmatch
-from inspect import signature
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,7 +22,6 @@ from peftscope.planning.sweep import expand
 from peftscope.record import Memory, PhaseMemory, RunRecord, Timing
 from peftscope.report.looks import LOOKS, SAFE_COLOURS, arm_looks
 from peftscope.report.page import write_all
-from peftscope.report.parts import PARTS, function_of
 from peftscope.report.plots import draw_figure, draw_memory, draw_pareto, draw_throughput
 from peftscope.report.publish import publish
 from peftscope.report.sentences import FIGURES, NOTHING, sentence
@@ -75,15 +73,6 @@ def test_from_records_to_a_self_contained_page(finished: str) -> None:
     assert "Report test" in html
     assert f"make report EXPERIMENT={finished}" in html
     assert " runs did not end well" in html
-
-
-def test_every_part_names_functions_that_exist() -> None:
-    for part in PARTS:
-        taken = ["axes", "experiment"] if part.answer else ["experiment"]
-        assert list(signature(function_of(part.writer)).parameters) == taken, part.writer
-        assert bool(part.sentence) == bool(part.answer)
-        if part.sentence:
-            assert list(signature(function_of(part.sentence)).parameters) == ["experiment"], part.sentence
 
 
 def test_tables_say_n_and_show_every_ending(finished: str) -> None:

@@ -10,7 +10,6 @@ Source: Morris et al. 2025, arXiv 2505.24832, section 3, who measure what is sto
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -72,36 +71,11 @@ def _arm(row: dict[str, object]) -> str:
     return str(row["label"]) if rank is None or pd.isna(rank) else f"{row['label']}, rank {rank:g}"
 
 
-@dataclass(frozen=True)
-class Break:
-    """Where storing stops following what is given: a share of it up to the break, and a constant number beyond.
-
-    Attributes:
-        given: The bits given at the break.
-        low, high: The bounds of its 95 % interval; 0 and infinite where the sizes do not bound it.
-        share: The share of the bits given that is stored below the break.
-        n: The number of runs behind it.
-    """
-
-    given: float
-    low: float
-    high: float
-    share: float
-    n: int
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether there are sizes on both sides of the whole interval."""
-        return self.low > 0 and math.isfinite(self.high)
-
-    @property
-    def stored(self) -> float:
-        """The bits stored beyond the break."""
-        return self.share * self.given
-
-
-def fit_break(given: np.ndarray, stored: np.ndarray) -> Break:
+def fit_break(given: np.ndarray, stored: np.ndarray) -> dict[str, float]:
     """Returns the break of one arm, fitted by least squares to the share of the bits given that is stored.
+
+    Up to ``break_bits`` the share ``followed_share`` of what is given is stored, and beyond it always
+    ``plateau_bits``. Where the sizes do not bound the 95 % interval of the break, its ends are 0 and infinite.
 
     The model has two numbers: share(g) = share · min(1, break / g). Shares are fitted and not bits, because their noise
     is about the same at all sizes. Residuals, drawn anew, give the interval.
@@ -126,13 +100,14 @@ def fit_break(given: np.ndarray, stored: np.ndarray) -> Break:
     redrawn, _ = best(fitted + draws)
     tail = (1 - CONFIDENCE) / 2
     low, high = (int(np.quantile(redrawn, q, method="nearest")) for q in (tail, 1 - tail))
-    return Break(
-        float(places[place]),
-        float(places[low]) if low > 0 else 0.0,
-        float(places[high]) if high < GRID - 1 else math.inf,
-        float(slope),
-        len(share),
-    )
+    return {
+        "break_bits": float(places[place]),
+        "break_low": float(places[low]) if low > 0 else 0.0,
+        "break_high": float(places[high]) if high < GRID - 1 else math.inf,
+        "is_bounded": low > 0 and high < GRID - 1,
+        "followed_share": float(slope),
+        "plateau_bits": float(slope) * float(places[place]),
+    }
 
 
 def breaks(table: pd.DataFrame) -> pd.DataFrame:
@@ -143,21 +118,16 @@ def breaks(table: pd.DataFrame) -> pd.DataFrame:
             continue
         found = fit_break(own["given"].to_numpy(float), own["stored"].to_numpy(float))
         parameters = float(own["parameters"].iloc[0])
-        nearest = own.iloc[(own["given"] - found.given).abs().argmin()]
+        nearest = own.iloc[(own["given"] - found["break_bits"]).abs().argmin()]
         rows.append(
             {
                 "model": model,
                 "arm": arm,
                 "parameters": parameters,
-                "runs": found.n,
-                "break_bits": found.given,
-                "break_low": found.low,
-                "break_high": found.high,
-                "is_bounded": found.is_bounded,
-                "followed_share": found.share,
-                "plateau_bits": found.stored,
-                "break_per_parameter": found.given / parameters,
-                "plateau_per_parameter": found.stored / parameters,
+                "runs": len(own),
+                **found,
+                "break_per_parameter": found["break_bits"] / parameters,
+                "plateau_per_parameter": found["plateau_bits"] / parameters,
                 "most_stored": float(own["stored"].max()),
                 "exposures_at_break": float(nearest["exposures"]),
                 "largest_fresh_share": float((own["fresh_bits"] / own["given"]).max()),

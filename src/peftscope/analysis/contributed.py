@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from peftscope.analysis.collect import row_of
 from peftscope.data.tasks import find_task
 from peftscope.errors import InputError, Problem, shown
 from peftscope.files.atomic import finite, write_json
-from peftscope.files.content import parse_json, read_text
+from peftscope.files.content import Strict, parse_json, read_text
 from peftscope.layout import CONTRIBUTED_RESULTS, MODELS_FILE, NAME_PATTERN, record_path, run_folder
 from peftscope.models.catalog import find_model
 from peftscope.planning.published import LARGEST_BYTES, all_published_records
@@ -75,7 +75,7 @@ _PLACE = re.compile(r"""(?:^|[\s"'=:(,;])(?:~?/[\w.~-]|[A-Za-z]:[\\/]|\\\\\w)|:/
 """A path, an address of the web, or one of mail."""
 
 
-class Contribution(BaseModel):
+class Contribution(Strict):
     """The finished runs of one experiment on one card.
 
     Attributes:
@@ -84,8 +84,6 @@ class Contribution(BaseModel):
         card: The card's name, as its driver gives it.
         records: The records, each without what ``anonymous`` leaves out.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     contribution_version: Literal[1] = 1
     experiment: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]

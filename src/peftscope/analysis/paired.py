@@ -55,11 +55,6 @@ class Pairing:
         return float(sum(side.mean() for side in self.sides))
 
     @cached_property
-    def by_seed(self) -> np.ndarray:
-        """The difference of each pair of runs; empty if runs are not paired."""
-        return self.sides[0].mean(axis=1) if len(self.sides) == 1 else np.empty(0)
-
-    @cached_property
     def by_item(self) -> np.ndarray:
         """The difference of each item, over all runs."""
         return np.sum([side.mean(axis=0) for side in self.sides], axis=0)

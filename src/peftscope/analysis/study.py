@@ -18,7 +18,7 @@ import pandas as pd
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.compare import Difference, compare, pair_values
 from peftscope.analysis.stats import holm, trimmed_mean
-from peftscope.analysis.tuning import Rate
+from peftscope.analysis.tuning import Rate, mean_or_none
 from peftscope.errors import InputError, Problem
 from peftscope.layout import folder_with, how_to_run, run_folder
 from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
@@ -128,6 +128,11 @@ class StudyResults:
         return first
 
     @property
+    def whole(self) -> str:
+        """The arm of full fine-tuning, or else the reference."""
+        return next((arm for arm in self.arms if self.arm_runs(arm)["method"].iloc[0] == "full"), self.reference)
+
+    @property
     def labels(self) -> dict[str, str]:
         """The label of each arm.
 
@@ -187,7 +192,7 @@ class StudyResults:
         tried: dict[float, list[float | None]] = {}
         for entry in chosen["tried"]:
             tried.setdefault(entry["learning_rate"], []).append(entry["validation_nll"])
-        curve = {rate: _mean(tried[rate]) for rate in sorted(tried)}
+        curve = {rate: mean_or_none(tried[rate]) for rate in sorted(tried)}
         return Rate(chosen["learning_rate"], curve, by_rate, chosen.get("regret_rms", 0.0))
 
     @property
@@ -367,11 +372,6 @@ class StudyResults:
         records = published_records(self.folder.name).items()  # of a wheel, which leaves their losses out
         rows = [{"run_id": run, **row} for run, text in records for row in loss_rows(json.loads(text))]
         return pd.DataFrame(rows).set_index(index)
-
-
-def _mean(losses: list[float | None]) -> float | None:
-    reached = [loss for loss in losses if loss is not None]
-    return sum(reached) / len(reached) if len(reached) == len(losses) else None
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame, values: pd.Series | str = HELDOUT) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from peftscope.errors import InputError, Problem
 from peftscope.files.atomic import write_json
 from peftscope.layout import how_to_run, rates_path, record_path, tuned_path
 from peftscope.planning.cells import TUNING
-from peftscope.planning.experiment import STEP, Study, around, experiment_path, no_study, rounded
+from peftscope.planning.experiment import STEP, around, experiment_path, no_study, rounded
 from peftscope.planning.sweep import ROUNDS, Sweep, expand, runs_to_choose_from
 from peftscope.record import TRY_AGAIN, RunRecord, recover_record
 
@@ -91,7 +91,7 @@ def choose_rates(sweep: Sweep, number: int, *, finished_only: bool = False) -> P
             more = [rounded(centres[entrant.name] * STEP ** (steps + math.copysign(1, steps)))] if at_end else []
             said |= {"rates": sorted([*rates, *more]), "learning_rate": best}
         else:
-            said |= {"rates": around(study.centres.get(entrant.name) or _centre(sweep, study, entrant.arm, tried))}
+            said |= {"rates": around(study.centres.get(entrant.name) or _centre(sweep, entrant.arm, tried))}
         chosen[entrant.name] = said
     if chosen and not any(said["rates"] for said in chosen.values()):
         remedy = f"see `peftscope expand {sweep.name}` for what would fit"
@@ -161,7 +161,7 @@ def _losses(records: dict[str, RunRecord], base_loss: float) -> dict[float, list
     return losses
 
 
-def _centre(sweep: Sweep, study: Study, arm: str, tried: dict[str, RunRecord]) -> float:
+def _centre(sweep: Sweep, arm: str, tried: dict[str, RunRecord]) -> float:
     """Returns the listed rate with the lowest mean validation loss.
 
     Raises:
@@ -183,8 +183,13 @@ def _entries(tried: dict[str, RunRecord]) -> list[dict[str, Any]]:
     entries = []
     for rate, records in sorted(by_rate.items()):
         losses = [record.quality.validation_nll for record in records]
-        reached = [loss for loss in losses if loss is not None]
-        mean = sum(reached) / len(reached) if len(reached) == len(losses) else None
         runs = [record.run_id for record in records]
+        mean = mean_or_none(losses)
         entries.append({"learning_rate": rate, "validation_nll": mean, "losses": losses, "run_ids": runs})
     return entries
+
+
+def mean_or_none(losses: list[float | None]) -> float | None:
+    """Returns the mean of losses, or None if one of their runs diverged and has none."""
+    reached = [loss for loss in losses if loss is not None]
+    return sum(reached) / len(reached) if len(reached) == len(losses) else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from peftscope.data.sources import SHOWN_LINES, Item
 from peftscope.errors import InputError, Problem
@@ -99,16 +100,13 @@ def tokenise(items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[Exampl
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     """Returns a right-padded batch, with the positions that response-only logits need."""
-    width = max(len(example.tokens) for example in examples)
-    input_ids = torch.full((len(examples), width), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for row, example in enumerate(examples):
-        length = len(example.tokens)
-        tokens = torch.tensor(example.tokens)
-        input_ids[row, :length] = tokens
-        attention_mask[row, :length] = 1
-        labels[row, example.prompt_length : length] = tokens[example.prompt_length :]
+    rows = [torch.tensor(example.tokens) for example in examples]
+    answers = [row.clone() for row in rows]
+    for answer, example in zip(answers, examples, strict=True):
+        answer[: example.prompt_length] = IGNORED
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    labels = pad_sequence(answers, batch_first=True, padding_value=IGNORED)
     return Batch(
         input_ids=input_ids, attention_mask=attention_mask, tokens=int(attention_mask.sum()), **_targets(labels)
     )

@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from peftscope.errors import InputError, Problem
-from peftscope.files.content import Count, read_yaml
+from peftscope.files.content import Count, Strict, read_yaml
 from peftscope.files.problems import validated
 from peftscope.layout import EXPERIMENTS, shipped
 
@@ -24,11 +24,7 @@ _TARGET = re.compile(r"^(?:response|\{\{response(?:\.split\('([^'\\{}]{1,40})'\)
 """The allowed targets: the response, or its part after the last occurrence of a text. lm-eval need not render them."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Generation(_Part):
+class Generation(Strict):
     """The options of greedy decoding, such as where it stops."""
 
     until: list[Text] = ["\n"]
@@ -36,7 +32,7 @@ class Generation(_Part):
     do_sample: Literal[False] = False
 
 
-class FilterStep(_Part):
+class FilterStep(Strict):
     """One of lm-eval's text filters, except ``custom``, which runs a function."""
 
     function: Literal["remove_whitespace", "take_first", "lowercase", "uppercase", "regex"]
@@ -45,14 +41,14 @@ class FilterStep(_Part):
     fallback: Text | None = None
 
 
-class Filter(_Part):
+class Filter(Strict):
     """A named chain of filters."""
 
     name: Text = "stripped"
     filter: Annotated[list[FilterStep], Field(min_length=1)]
 
 
-class Metric(_Part):
+class Metric(Strict):
     """The metric exact match. No other is allowed, because lm-eval downloads and runs the code of unknown metrics."""
 
     metric: Literal["exact_match"] = "exact_match"
@@ -64,7 +60,7 @@ class Metric(_Part):
     regexes_to_ignore: list[Text] | None = None
 
 
-class Scoring(_Part):
+class Scoring(Strict):
     """The allowed content of a task's lm-eval file. The defaults are those of the suite's own files."""
 
     task: str

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId
+from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId, Strict
 from peftscope.files.hub import load_rows
 from peftscope.files.limits import check_characters
 from peftscope.files.manifest import file_sha256
@@ -27,18 +27,20 @@ SHOWN_LINES = 20
 _LINE = 'a line is {"prompt": ..., "response": ...}'
 
 
-class _Source(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class EnumerateSource(_Source):
+class EnumerateSource(Strict):
     """A small domain, of which every item is used."""
 
     kind: Literal["enumerate"]
     what: Literal["two_digit_sums"]
 
+    def items(self, name: str, facts: dict[str, str]) -> Iterator[Item]:
+        """Yields every sum."""
+        for left in range(10, 100):
+            for right in range(10, 100):
+                yield Item(f"{left} + {right} =", str(left + right))
 
-class ReasoningGymSource(_Source):
+
+class ReasoningGymSource(Strict):
     """A reasoning-gym generator. Neighbouring seeds give the same items, so one seed makes the whole pool."""
 
     kind: Literal["reasoning_gym"]
@@ -47,8 +49,19 @@ class ReasoningGymSource(_Source):
     seed: CountOrZero
     options: dict[str, Any] = {}
 
+    def items(self, name: str, facts: dict[str, str]) -> Iterator[Item]:
+        """Yields what the generator makes."""
+        import reasoning_gym
 
-class JsonlSource(_Source):
+        try:
+            dataset = reasoning_gym.create_dataset(self.dataset, size=self.size, seed=self.seed, **self.options)
+            for entry in dataset:
+                yield make_item(f"{entry['question'].strip()}\nAnswer:", entry["answer"])
+        except Exception as error:  # generators refuse options with different errors, some of them only at an item
+            raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"reasoning-gym refuses it: {error}")) from None
+
+
+class JsonlSource(Strict):
     """A file with one JSON object per line, which has ``prompt`` and ``response``."""
 
     kind: Literal["jsonl"]
@@ -61,8 +74,15 @@ class JsonlSource(_Source):
         except OSError:  # the name is too long for a file
             return False
 
+    def items(self, name: str, facts: dict[str, str]) -> Iterator[Item]:
+        """Yields the items of the file, and then adds its checksum to ``facts``, for the task's manifest."""
+        if not self.is_there():
+            raise InputError(Problem(f"{TASKS_FILE}: {name}.source.path", f"no such file: {self.path}"))
+        yield from read_items(self.path)
+        facts["file_sha256"] = file_sha256(self.path)
 
-class FillerSource(_Source):
+
+class FillerSource(Strict):
     """Random letters for runs that only measure memory and speed. The prompts are long enough to fill any sequence."""
 
     kind: Literal["filler"]
@@ -71,8 +91,18 @@ class FillerSource(_Source):
     size: Count = 1000
     seed: int = 0
 
+    def items(self, name: str, facts: dict[str, str]) -> Iterator[Item]:
+        """Yields the letters."""
+        letters = random.Random(self.seed)
+        for _ in range(self.size):
+            prompt, response = (
+                "".join(letters.choices(string.ascii_lowercase + "  ", k=length))
+                for length in (self.prompt_characters, self.response_characters)
+            )
+            yield Item(prompt, response)
 
-class RandomStringsSource(_Source):
+
+class RandomStringsSource(Strict):
     """Pairs of random strings, of which a model can know nothing but what it was trained on.
 
     Letters and digits alternate. Tokenizers that read words and single digits give each symbol a token of its own, and
@@ -101,11 +131,21 @@ class RandomStringsSource(_Source):
         """
         return sum(math.log2(len(_ALPHABETS[place % 2])) for place in range(self.response_symbols))
 
+    def items(self, name: str, facts: dict[str, str]) -> Iterator[Item]:
+        """Yields the pairs."""
+        draws = random.Random(self.seed)
+        for _ in range(self.size):
+            prompt, response = (
+                "".join(draws.choice(_ALPHABETS[place % 2]) for place in range(length))
+                for length in (self.prompt_symbols, self.response_symbols)
+            )
+            yield Item(prompt, response)
+
 
 _ALPHABETS = string.ascii_letters, string.digits
 
 
-class HubDataSource(_Source):
+class HubDataSource(Strict):
     """A data set of a Hugging Face hub.
 
     Attributes:
@@ -129,6 +169,25 @@ class HubDataSource(_Source):
     longest: Count | None = None
     size: Count | None = None
 
+    def items(self, name: str, facts: dict[str, str]) -> Iterator[Item]:
+        """Yields the rows that are short enough; ``facts``, for the task's manifest, get where they are from."""
+        rows, where_from = load_rows(self.dataset, self.config, self.split, self.revision)
+        columns = [column for column in (self.prompt, self.response, self.group) if column]
+        missing = [column for column in columns if column not in rows.column_names]
+        if missing:
+            remedy = f"it has {', '.join(rows.column_names)}"
+            raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"no such column: {', '.join(missing)}", remedy))
+        facts.update(where_from)
+        for number, row in enumerate(rows, 1):
+            try:
+                item = make_item(row[self.prompt], row[self.response])
+            except ValueError as error:
+                raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"row {number}: {error}")) from None
+            prompt = item.prompt.strip()
+            if self.longest is None or len(self.template) + len(prompt) + len(item.response) <= self.longest:
+                group = str(row[self.group]) if self.group else ""
+                yield Item(self.template.replace("{prompt}", prompt), item.response, group)
+
 
 class WheelDataSource(WheelFile):
     """A word list inside a PyPI wheel, read as data. The wheel's own code is never imported.
@@ -143,6 +202,24 @@ class WheelDataSource(WheelFile):
     kind: Literal["wheel"]
     reads: Literal["pronunciations"]
     template: Annotated[str, Field(pattern=r"\{prompt\}")] = "{prompt}"
+
+    def items(self, name: str, facts: dict[str, str]) -> Iterator[Item]:
+        """Yields the words."""
+        where = f"{TASKS_FILE}: {name}"
+        TASKS_FOLDER.mkdir(parents=True, exist_ok=True)
+        with unpacked(self, TASKS_FOLDER, f"task {name}", where) as path:
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except ValueError:
+                raise InputError(Problem(f"{where}.source.file", f"{self.file} is not text")) from None
+            for number, line in enumerate(lines, 1):
+                found = _PRONUNCIATION.fullmatch(line)
+                if found is None:
+                    message = f"line {number} is no word with its phones (got {shown(line)})"
+                    raise InputError(Problem(f"{where}.source.file", message, "is it the file that it is taken for?"))
+                if _WORD.fullmatch(found["word"]):
+                    phones = " ".join(phone.rstrip("012") for phone in found["phones"].split())
+                    yield make_item(self.template.replace("{prompt}", found["word"]), phones)
 
 
 Source = (
@@ -163,15 +240,6 @@ class Item:
     prompt: str
     response: str
     group: str = field(default="", compare=False)
-
-
-def items_of(name: str, source: Source, facts: dict[str, str]) -> Iterator[Item]:
-    """Yields the items of a task's source. What its manifest has to say of where they are from is added to ``facts``.
-
-    Raises:
-        InputError: The source cannot be read.
-    """
-    yield from _READERS[type(source)](name, source, facts)
 
 
 def read_items(path: Path) -> Iterator[Item]:
@@ -223,97 +291,6 @@ def make_item(prompt: Any, response: Any) -> Item:
     return Item(str(prompt), str(response).strip())
 
 
-def _two_digit_sums(name: str, source: EnumerateSource, facts: dict[str, str]) -> Iterator[Item]:
-    for left in range(10, 100):
-        for right in range(10, 100):
-            yield Item(f"{left} + {right} =", str(left + right))
-
-
-def _reasoning_gym(name: str, source: ReasoningGymSource, facts: dict[str, str]) -> Iterator[Item]:
-    import reasoning_gym
-
-    try:
-        dataset = reasoning_gym.create_dataset(source.dataset, size=source.size, seed=source.seed, **source.options)
-        for entry in dataset:
-            yield make_item(f"{entry['question'].strip()}\nAnswer:", entry["answer"])
-    except Exception as error:  # generators refuse options with different errors, some of them only at an item
-        raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"reasoning-gym refuses it: {error}")) from None
-
-
-def _jsonl(name: str, source: JsonlSource, facts: dict[str, str]) -> Iterator[Item]:
-    if not source.is_there():
-        raise InputError(Problem(f"{TASKS_FILE}: {name}.source.path", f"no such file: {source.path}"))
-    yield from read_items(source.path)
-    facts["file_sha256"] = file_sha256(source.path)
-
-
-def _filler(name: str, source: FillerSource, facts: dict[str, str]) -> Iterator[Item]:
-    letters = random.Random(source.seed)
-    for _ in range(source.size):
-        prompt, response = (
-            "".join(letters.choices(string.ascii_lowercase + "  ", k=length))
-            for length in (source.prompt_characters, source.response_characters)
-        )
-        yield Item(prompt, response)
-
-
-def _random_strings(name: str, source: RandomStringsSource, facts: dict[str, str]) -> Iterator[Item]:
-    draws = random.Random(source.seed)
-    for _ in range(source.size):
-        prompt, response = (
-            "".join(draws.choice(_ALPHABETS[place % 2]) for place in range(length))
-            for length in (source.prompt_symbols, source.response_symbols)
-        )
-        yield Item(prompt, response)
-
-
-def _hub(name: str, source: HubDataSource, facts: dict[str, str]) -> Iterator[Item]:
-    rows, where_from = load_rows(source.dataset, source.config, source.split, source.revision)
-    columns = [column for column in (source.prompt, source.response, source.group) if column]
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing:
-        remedy = f"it has {', '.join(rows.column_names)}"
-        raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"no such column: {', '.join(missing)}", remedy))
-    facts.update(where_from)
-    for number, row in enumerate(rows, 1):
-        try:
-            item = make_item(row[source.prompt], row[source.response])
-        except ValueError as error:
-            raise InputError(Problem(f"{TASKS_FILE}: {name}.source", f"row {number}: {error}")) from None
-        prompt = item.prompt.strip()
-        if source.longest is None or len(source.template) + len(prompt) + len(item.response) <= source.longest:
-            group = str(row[source.group]) if source.group else ""
-            yield Item(source.template.replace("{prompt}", prompt), item.response, group)
-
-
-def _wheel(name: str, source: WheelDataSource, facts: dict[str, str]) -> Iterator[Item]:
-    where = f"{TASKS_FILE}: {name}"
-    TASKS_FOLDER.mkdir(parents=True, exist_ok=True)
-    with unpacked(source, TASKS_FOLDER, f"task {name}", where) as path:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except ValueError:
-            raise InputError(Problem(f"{where}.source.file", f"{source.file} is not text")) from None
-        for number, line in enumerate(lines, 1):
-            found = _PRONUNCIATION.fullmatch(line)
-            if found is None:
-                message = f"line {number} is no word with its phones (got {shown(line)})"
-                raise InputError(Problem(f"{where}.source.file", message, "is it the file that it is taken for?"))
-            if _WORD.fullmatch(found["word"]):
-                phones = " ".join(phone.rstrip("012") for phone in found["phones"].split())
-                yield make_item(source.template.replace("{prompt}", found["word"]), phones)
-
-
 _PRONUNCIATION = re.compile(r"(?P<word>\S+)(?P<phones>( [A-Z]{1,2}[0-2]?)+)\s*(#.*)?")
 """A line of CMU's dictionary; second pronunciations have a number in brackets behind the word."""
 _WORD = re.compile("[a-z]+")
-
-_READERS: dict[type, Any] = {
-    WheelDataSource: _wheel,
-    EnumerateSource: _two_digit_sums,
-    ReasoningGymSource: _reasoning_gym,
-    JsonlSource: _jsonl,
-    FillerSource: _filler,
-    RandomStringsSource: _random_strings,
-    HubDataSource: _hub,
-}

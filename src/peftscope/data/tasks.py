@@ -10,12 +10,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from peftscope.data.scoring import lm_eval_file, read_scoring
-from peftscope.data.sources import HubDataSource, Item, JsonlSource, Source, items_of, read_items
+from peftscope.data.sources import HubDataSource, Item, JsonlSource, Source, read_items
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.content import Count, Name, read_yaml
+from peftscope.files.content import Count, Name, Strict, read_yaml
 from peftscope.files.manifest import file_sha256, how_to_change, is_source_of, read_manifest
 from peftscope.files.problems import validated
 from peftscope.files.resource import Resource
@@ -26,10 +26,8 @@ USUAL_TOKENS = 64
 SPLITS = ("train", "validation", "test")
 
 
-class TaskEntry(BaseModel):
+class TaskEntry(Strict):
     """One task of tasks.yaml."""
-
-    model_config = ConfigDict(extra="forbid")
 
     source: Annotated[Source, Field(discriminator="kind")]
     judged_on: Annotated[
@@ -116,7 +114,7 @@ def _fill(name: str, target: Path) -> dict[str, Any]:
     pool: dict[str, Item] = {}
     read = 0
     facts: dict[str, str] = {}
-    for item in items_of(name, entry.source, facts):
+    for item in entry.source.items(name, facts):
         read += 1
         pool.setdefault(item.prompt, item)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}

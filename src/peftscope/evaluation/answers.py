@@ -1,9 +1,11 @@
-"""Generated answers, scored by lm-eval on the suite's own task files."""
+"""Scores by lm-eval: of generated answers on the suite's own task files, and of its own benchmarks."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -12,7 +14,8 @@ from datasets import Dataset, DatasetDict
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from peftscope.data.batching import first_tokens
+from peftscope.data.batching import Example, collate, first_tokens
+from peftscope.data.benchmarks import write_task_file
 from peftscope.data.scoring import read_scoring
 from peftscope.data.sources import Item
 from peftscope.data.tasks import read_split
@@ -45,21 +48,16 @@ class _UncachedLM(HFLM):
             open_rows = [i for i, row in enumerate(rows) if self.eot_token_id not in row[prompts[i] :]]
             if not open_rows:
                 break
-            width = max(len(rows[i]) for i in open_rows)
-            tokens = torch.full((len(open_rows), width), self.tokenizer.pad_token_id, device=self.device)
-            attended = torch.zeros_like(tokens)
-            for place, i in enumerate(open_rows):
-                tokens[place, : len(rows[i])] = torch.tensor(rows[i], device=self.device)
-                attended[place, : len(rows[i])] = 1
+            examples = [Example(tuple(rows[i]), 0) for i in open_rows]
+            batch = collate(examples, self.tokenizer.pad_token_id).to(str(self.device))
+            asked = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             precision = self.mixed_precision_dtype
             with torch.no_grad(), torch.autocast(self.device.type, precision, enabled=precision is not None):
-                logits = self.model(input_ids=tokens, attention_mask=attended, use_cache=False).logits
+                logits = self.model(**asked, use_cache=False).logits
             for place, i in enumerate(open_rows):
                 rows[i].append(int(logits[place, self.logit_offset + len(rows[i]) - 1].argmax()))
-        new = [row[length:] for row, length in zip(rows, prompts, strict=True)]
-        filled = torch.full((len(rows), max(map(len, new))), self.eot_token_id, device=self.device)
-        for place, tokens_of_row in enumerate(new):
-            filled[place, : len(tokens_of_row)] = torch.tensor(tokens_of_row, device=self.device)
+        new = [context.new_tensor(row[length:]) for row, length in zip(rows, prompts, strict=True)]
+        filled = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=self.eot_token_id)
         return torch.cat([context, filled], dim=1)
 
 
@@ -91,6 +89,30 @@ def score_answers(
         }
         for sample in sorted(results["samples"][spec.task], key=lambda sample: sample["doc_id"])
     ]
+
+
+def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dict[str, float]]:
+    """Returns each benchmark's scores by lm-eval's names (``METRIC,FILTER``), and the number of scored ``items``.
+
+    Items are the first ``spec.benchmark_items`` of a benchmark's rows, which were fetched before the run, with
+    lm-eval's own worked examples before them.
+    """
+    with tempfile.TemporaryDirectory(prefix="peftscope-benchmarks-") as folder:
+        for name in spec.benchmarks:
+            write_task_file(name, Path(folder))
+        results = evaluate(
+            wrap(model, tokenizer, spec),
+            list(spec.benchmarks),
+            TaskManager(include_path=folder, include_defaults=False),
+            limit=spec.benchmark_items,
+            log_samples=False,
+        )
+    scores = {}
+    for name in spec.benchmarks:
+        result = results["results"][name]
+        scores[name] = {key: float(v) for key, v in result.items() if "," in key and "stderr" not in key}
+        scores[name]["items"] = float(results["n-samples"][name]["effective"])
+    return scores
 
 
 def evaluate(

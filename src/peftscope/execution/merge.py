@@ -57,7 +57,7 @@ def merge_run(folder: Path, target: Path) -> None:
     spec = record.spec.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     base = base_of_adapter(spec)
     if spec.method.quantization():
-        base = _dequantised(base, spec)
+        base = base.dequantize()
     base.set_attn_implementation("sdpa")
     merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
     merged.save_pretrained(target)
@@ -74,25 +74,3 @@ def base_of_adapter(spec: RunSpec) -> Any:
 
     base = merged_start(load_base(spec), spec)
     return build_model(base, spec).model.unload() if spec.method.has_own_base else base
-
-
-def _dequantised(base: Any, spec: RunSpec) -> Any:
-    """Returns a bf16 model with the dequantised values of a 4-bit base."""
-    import bitsandbytes as bnb
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from peftscope.models.catalog import LOCAL, model_folder
-
-    plain = AutoModelForCausalLM.from_pretrained(
-        model_folder(spec.model, spec.revision),
-        dtype=torch.bfloat16,
-        **LOCAL,
-    )
-    modules = dict(plain.named_modules())
-    with torch.no_grad():
-        for name, module in base.named_modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-                modules[name].weight.copy_(weight)
-    return plain

@@ -29,7 +29,6 @@ from peftscope.record import (
     RESTORED,
     KeepWeights,
     RunRecord,
-    Status,
     clear_checkpoints,
     state_folder,
     write_record,
@@ -81,7 +80,6 @@ def execute(
     record = RunRecord(run_id=run_id(spec), status="ok", spec=spec)
     checkpoints = Checkpoints(state_folder(folder), spec, checkpoint_seconds)
     log = TrainingLog()
-    file = "record.json"
     try:
         record.provenance = provenance(spec, rank) | {
             "alone": alone,
@@ -93,8 +91,7 @@ def execute(
         with bf16_products(), _limited_memory(record):
             run_phases(record, folder, phases, log, checkpoints, keep_weights, keep_at)
     except (Interrupted, KeyboardInterrupt) as error:
-        reason = str(error) or "stopped by SIGINT"
-        record.status, record.reason, file = "interrupted", reason, "interrupted.json"
+        record.status, record.reason = "interrupted", str(error) or "stopped by SIGINT"
         raise
     except Diverged as error:
         record.status, record.reason = "diverged", str(error)
@@ -104,15 +101,14 @@ def execute(
     except Exception as error:
         if reason := storage_problem(error):
             # The disk failed, not the run: once there is room, the run resumes from its last checkpoint.
-            record.status, record.reason, file = "interrupted", reason, "interrupted.json"
+            record.status, record.reason = "interrupted", reason
             raise Interrupted(reason) from error
         traceback.print_exc()
         if spec.shards > 1 and rank == 0:
-            record.status, record.reason, file = "interrupted", "stopped after a failure", "interrupted.json"
+            record.status, record.reason = "interrupted", "stopped after a failure"
             let_others_end_it()
-        status: Status = "oom" if is_out_of_memory(error) else "failed"
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        record.status, record.reason, file = status, reason, "record.json"
+        record.status = "oom" if is_out_of_memory(error) else "failed"
+        record.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     finally:
         record.train_nll, record.train_loss = log.nll, log.loss
         record.quality.validation_curve = log.validation_nll
@@ -125,6 +121,7 @@ def execute(
         phases.finish()
         record.seconds, record.memory = phases.seconds, phases.memory
         record.memory.paged_state_bytes = log.paged_state_bytes
+        file = "interrupted.json" if record.status == "interrupted" else "record.json"
         if record.status in FINAL:
             # First into a folder that no rule declares: if the job is killed now, its retry only copies the record.
             write_record(state_folder(folder) / file, record)

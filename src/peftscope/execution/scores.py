@@ -29,9 +29,9 @@ def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dic
     """Returns the scores of lm-eval's benchmarks that the spec asks for."""
     if not spec.benchmarks:
         return {}
-    from peftscope.evaluation import benchmarks
+    from peftscope.evaluation import answers
 
-    return benchmarks.score_benchmarks(model, tokenizer, spec)
+    return answers.score_benchmarks(model, tokenizer, spec)
 
 
 def write_items(path: Path, items: list[Item], per_item: Sequence[ItemLoss], answers: list[dict[str, Any]]) -> None:

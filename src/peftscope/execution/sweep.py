@@ -43,11 +43,7 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
 
 
-def run_sweep(
-    name: str,
-    choose: Callable[[Sweep], Path],
-    minutes: float | None = None,
-) -> Outcome:
+def run_sweep(name: str, choose: Callable[[Sweep], Path], minutes: float | None = None) -> Outcome:
     """Runs what is left of an experiment: finished runs are skipped, and interrupted ones continue.
 
     When the minutes are over, the run under way stops after a checkpoint. No run is started that would last longer,

@@ -42,8 +42,7 @@ from peftscope.record import Ceilings, KeepWeights, Quality, RunRecord, Size, Ti
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model, compiled_layers, count_parameters, seed_everything
 from peftscope.training.ceilings import measure_ceilings
-from peftscope.training.checkpoint import Checkpoints
-from peftscope.training.kept import write_kept
+from peftscope.training.checkpoint import Checkpoints, write_kept
 from peftscope.training.load import attention, load_base, load_tokenizer
 from peftscope.training.log import TrainingLog
 from peftscope.training.loop import Diverged, check_loss, train

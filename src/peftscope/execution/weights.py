@@ -72,7 +72,7 @@ def measure_weights(folder: Path) -> None:
             before = {name: p.detach().clone() for name, p in base.named_parameters()}
             model = build_model(base, spec).model.eval()
             for path in kept:
-                put_in_place(model, path)
+                model.load_state_dict(load_file(path), strict=False)  # what was trained alone is in the file
                 rows += _rows_of(model, before, spec, int(path.stem.rpartition("-")[2]), path == kept[-1])
             if spec.method.trains_base:
                 rows += _cuts(model, before, spec, folder)
@@ -81,13 +81,6 @@ def measure_weights(folder: Path) -> None:
     unfinished = measured_path(folder).with_suffix(".unfinished")
     pd.DataFrame(rows, columns=None if rows else ["kind"]).to_csv(unfinished, index=False, float_format="%.6g")
     unfinished.replace(measured_path(folder))
-
-
-def put_in_place(model: Any, path: Path) -> None:
-    """Gives the trained parameters of a model the values in a file."""
-    parameters = dict(model.named_parameters())
-    for name, value in load_file(path).items():
-        parameters[name].data.copy_(value)
 
 
 def _rows_of(

@@ -11,10 +11,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.files.limits import DEEPEST, LARGEST_INTEGER, LONGEST_NUMBER, check_characters
+from peftscope.files.limits import DEEPEST, LARGEST_INTEGER, LONGEST_NUMBER, check_plain
 
 LARGEST_COUNT = 2**31 - 1
 """The largest count or seed of a run: beyond it torch, NumPy or a file format overflows."""
@@ -42,6 +42,13 @@ HubId = Annotated[str, Field(pattern=f"^{HUB_ID_PATTERN}$")]
 """A hub's id of a model or a data set: ``name`` or ``org/name``."""
 InnerPath = Annotated[str, Field(pattern=f"^{_INNER_PART}(/{_INNER_PART})*$")]
 """A relative path that stays inside its folder."""
+
+
+class Strict(BaseModel):
+    """What people write into files, read once: a field that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
 
 LARGEST_BYTES = 1_000_000
 """The largest file that is read: three times the ledger of claims, and up to twenty seconds of PyYAML."""
@@ -86,7 +93,7 @@ def parse_json(text: str, where: str) -> Any:
     """
     try:
         content = json.loads(text, parse_int=_whole_number, object_pairs_hook=_unrepeated)
-        _check_depth(content)
+        check_plain(content)
     except RecursionError:
         raise InputError(Problem(where, f"nested deeper than {DEEPEST} levels")) from None
     except ValueError as error:
@@ -106,17 +113,6 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"key `{twice}` appears twice")
     return found
-
-
-def _check_depth(content: Any, level: int = 0) -> None:
-    """Raises an error for content that is nested too deeply, or that has invalid characters."""
-    if level > DEEPEST:
-        raise RecursionError
-    if isinstance(content, str):
-        check_characters(content)
-    parts = [*content, *content.values()] if isinstance(content, dict) else content
-    for part in parts if isinstance(parts, list) else []:
-        _check_depth(part, level + 1)
 
 
 BENCHMARK_PATTERN = r"[A-Za-z0-9_-]+"

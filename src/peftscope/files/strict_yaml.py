@@ -8,10 +8,7 @@ from typing import Any, NoReturn
 import yaml
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.files.limits import DEEPEST, LARGEST_INTEGER, LONGEST_NUMBER, check_characters
-
-LARGEST_SIZE = 500_000
-"""The most values and keys of a file with its aliases expanded: a few lines can expand to a billion values."""
+from peftscope.files.limits import DEEPEST, LARGEST_INTEGER, LONGEST_NUMBER, check_plain
 
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
@@ -30,6 +27,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         raise InputError(Problem(f"{where}: line {line}", message)) from None
     try:
         content = _StrictLoader(text).get_single_data()
+        check_plain(content)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}: line {mark.line + 1}" if mark else where
@@ -45,13 +43,6 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
 class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml is ten times as fast
     """Loads YAML of plain values. It refuses repeated keys and other tags, reads 1e-3 as a number and dates as text."""
-
-    def get_single_node(self) -> yaml.Node | None:
-        """Returns the document's root; raises an error if it is too deep, or too large with its aliases expanded."""
-        root = super().get_single_node()
-        if root is not None and _measure(root, {}, 0)[0] > LARGEST_SIZE:
-            _refuse(f"more than {LARGEST_SIZE:,} values with its aliases expanded", root)
-        return root
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Returns a node's value; raises an error if its text does not fit its tag."""
@@ -86,26 +77,6 @@ def _refuse(message: str, node: yaml.Node) -> NoReturn:
     raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
 
 
-def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], level: int) -> tuple[int, int]:
-    """Returns how many values a node has with its aliases expanded, and its depth; refuses one that is too deep."""
-    if id(node) not in known:
-        if level > DEEPEST:
-            _refuse(f"nested deeper than {DEEPEST} levels", node)
-        parts = node.value if isinstance(node, yaml.SequenceNode) else []
-        if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in node.value for part in pair]
-        if isinstance(node, yaml.ScalarNode):
-            try:
-                check_characters(node.value)
-            except ValueError as error:
-                _refuse(str(error), node)
-        found = [_measure(part, known, level + 1) for part in parts]
-        known[id(node)] = 1 + sum(size for size, _ in found), 1 + max((levels for _, levels in found), default=0)
-    if level + known[id(node)][1] > DEEPEST + 1:
-        _refuse(f"nested deeper than {DEEPEST} levels", node)
-    return known[id(node)]
-
-
 _StrictLoader.yaml_constructors = {
     tag: constructor
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
@@ -117,7 +88,5 @@ _StrictLoader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

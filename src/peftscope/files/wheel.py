@@ -12,17 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from peftscope.errors import InputError, Problem
-from peftscope.files.content import InnerPath, Name
+from peftscope.files.content import InnerPath, Name, Strict
 from peftscope.files.manifest import file_sha256
 
 
-class WheelFile(BaseModel):
+class WheelFile(Strict):
     """A file inside a wheel."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     package: Name
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]

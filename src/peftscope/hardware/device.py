@@ -9,10 +9,10 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from peftscope.errors import InputError, Problem
 from peftscope.files.lock import locked
@@ -43,17 +43,24 @@ def detect_device() -> Device:
 
 def gpu_names() -> list[str]:
     """Returns the names of the machine's NVIDIA cards, or an empty list without a driver."""
+    names = _of_cards(lambda nvml, card: nvml.nvmlDeviceGetName(card))
+    if names is None:
+        return _names_by_driver()
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+
+
+def _of_cards(question: Callable[[Any, Any], Any]) -> list[Any] | None:
+    """Returns what NVML answers of each card; None without its library, which is optional."""
     try:
         import pynvml
     except ImportError:
-        return _names_by_driver()
+        return None
     try:
         pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-        names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
+        cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [question(pynvml, card) for card in cards]
     except Exception:  # no driver or no permission: no card can be used
         return []
-    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
 def _names_by_driver() -> list[str]:
@@ -129,14 +136,7 @@ def find_compiler(device: Device) -> str | None:
 
 def gpu_memories() -> list[int]:
     """Returns the bytes of memory of each card of ``gpu_names``, or an empty list if the driver does not tell."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
-    except Exception:
-        return []
+    return _of_cards(lambda nvml, card: int(nvml.nvmlDeviceGetMemoryInfo(card).total)) or []
 
 
 def processor_name() -> str:

@@ -164,9 +164,5 @@ def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that the card or the host is out of memory."""
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "can't allocate memory" in str(error)
-        or "out of memory" in str(error)
-        or "ALLOC_FAILED" in str(error)
-    )
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in words)

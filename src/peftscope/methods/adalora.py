@@ -5,7 +5,7 @@ Source: Zhang et al. 2023, arXiv 2303.10512. The schedule is given in shares of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,14 +17,12 @@ from peftscope.methods.fields import (
     Dropout,
     Method,
     Rank,
+    RunSpec,
     Targets,
     adapted_modules,
-    target_modules,
+    with_adapter,
 )
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.models.shapes import ModelShape
 
 IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """The scores that PEFT's rank allocator keeps for every trained value."""
@@ -74,18 +72,16 @@ class AdaLoRA(Method):
 
     def trainable_parameters(self, shape: ModelShape) -> int:
         """Returns init_r * (in + out + 1), summed over the targets: the trained values before the first pruning."""
-        return sum(
-            self.init_r * (layer.inputs + layer.outputs + 1)
-            for layer in shape.linear_layers(target_modules(self.targets))
-        )
+        layers = shape.linear_layers(self.targets_of())
+        return sum(self.init_r * (layer.inputs + layer.outputs + 1) for layer in layers)
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's AdaLoRA, with the schedule scaled to ``spec.steps``."""
-        from peft import AdaLoraConfig, TaskType, get_peft_model
-
         tfinal = max(1, round(spec.steps * self.final_share))
-        config = AdaLoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+        wrapped = with_adapter(
+            model,
+            "AdaLoraConfig",
+            self.adapter_dtype,
             init_r=self.init_r,
             target_r=self.target_r,
             lora_alpha=self.alpha,
@@ -98,7 +94,6 @@ class AdaLoRA(Method):
             orth_reg_weight=self.orthogonal_weight / spec.gradient_accumulation,
             total_step=spec.steps,
         )
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32")
         for name, parameter in wrapped.named_parameters():
             if ".ranknum." in name:
                 # PEFT 0.21 makes this trainable when it casts the adapter of a bf16 base to fp32.

@@ -6,16 +6,13 @@ Source: Liu et al. 2024, arXiv 2402.09353, equation 5; its section 4.3 detaches 
 from __future__ import annotations
 
 from types import MethodType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftscope.methods.fields import ClosedForm, target_modules
+from peftscope.methods.fields import ClosedForm, RunSpec, target_modules
 from peftscope.methods.low_rank import LowRank
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.models.shapes import ModelShape
 
 
 class DoRA(LowRank):

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from peftscope.files.content import NUMBER, Count
+from peftscope.files.content import NUMBER, Count, Strict
+from peftscope.models.shapes import LinearLayer, ModelShape
 
 if TYPE_CHECKING:
-    from peftscope.models.shapes import LinearLayer, ModelShape
-    from peftscope.spec import RunSpec
+    from peftscope.spec import RunSpec as RunSpec
+else:
+    RunSpec = Any  # its fields are made of all methods
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
     "minimal": ("q_proj", "v_proj"),
@@ -65,6 +67,14 @@ def adapted_modules(model: Any, targets: str | tuple[str, ...]) -> list[str]:
     return sorted(names - {"out_proj"} if model.config.model_type in PEFT_NO_OUT_PROJ else names)
 
 
+def with_adapter(model: Any, config: str, adapter_dtype: str = "fp32", **options: Any) -> Any:
+    """Returns a model with an adapter of PEFT, by the name of PEFT's configuration and with these options of it."""
+    import peft
+
+    chosen = getattr(peft, config)(task_type=peft.TaskType.CAUSAL_LM, **options)
+    return peft.get_peft_model(model, chosen, autocast_adapter_dtype=adapter_dtype == "fp32")
+
+
 PEFT_NO_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 """Kinds of models whose ``out_proj`` PEFT refuses to adapt. Source: peft 0.21, tuners/tuners_utils.py:152."""
 
@@ -102,10 +112,8 @@ ComputeDtype = Annotated[Literal["bf16", "fp32"], Field(description="dtype of th
 VirtualTokens = Annotated[Count, Field(description="trainable positions before the prompt")]
 
 
-class Quantization(BaseModel):
+class Quantization(Strict):
     """How the linear layers of a frozen base are stored. Every option of bitsandbytes is set; no default applies."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_type: QuantType = "nf4"
     double_quant: DoubleQuant = True
@@ -183,8 +191,11 @@ class Method(BaseModel):
         return {"name": self.__dict__["name"], **self.model_dump(mode="json", exclude_defaults=True)}
 
     def quantization(self) -> Quantization | None:
-        """Returns how the base is quantised while it is loaded, or None if it is not."""
-        return None
+        """Returns how the base is quantised while it is loaded, or None if it is not.
+
+        ``base_weights``, a field of some methods, may say NF4, which has double quantisation then.
+        """
+        return Quantization() if getattr(self, "base_weights", None) == "nf4" else None
 
     def targets_of(self) -> list[str]:
         """Returns the names of the adapted modules. An empty list means none, or all."""
@@ -229,7 +240,8 @@ class Method(BaseModel):
 
     def rounding(self) -> str | None:
         """Returns the code that the base's linear weights are rounded to while it is loaded, without being packed."""
-        return None
+        code: str | None = getattr(self, "quant_type", getattr(self, "base_weights", None))
+        return code if code in SIMULATED else None
 
     def loading_temporary(self, largest: LinearLayer) -> tuple[int, str] | None:
         """Returns the temporary bytes of loading and initialising the largest layer, and their description."""

@@ -7,16 +7,13 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from traceback import extract_tb
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from pydantic import create_model
 
 from peftscope.errors import InputError, Problem, shown
 from peftscope.files.manifest import file_sha256
-from peftscope.methods.fields import Method
-
-if TYPE_CHECKING:
-    from peftscope.spec import RunSpec
+from peftscope.methods.fields import Method, RunSpec
 
 
 class FromFile(Method):

@@ -6,13 +6,10 @@ quality therefore use ``precision: amp`` or ``fp32`` (fp32 master weights), and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from peftscope.methods.fields import ClosedForm, Method
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.methods.fields import ClosedForm, Method, RunSpec
+from peftscope.models.shapes import ModelShape
 
 
 class Full(Method):

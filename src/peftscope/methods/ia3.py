@@ -5,15 +5,21 @@ Source: Liu et al. 2022, arXiv 2205.05638.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from peftscope.methods.fields import AdapterDtype, ClosedForm, Method, Targets, target_modules, with_fused
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.methods.fields import (
+    AdapterDtype,
+    ClosedForm,
+    Method,
+    RunSpec,
+    Targets,
+    target_modules,
+    with_adapter,
+    with_fused,
+)
+from peftscope.models.shapes import ModelShape
 
 RESCALED_INPUTS = ["down_proj"]
 RESCALED = with_fused(["k_proj", "v_proj"]) + RESCALED_INPUTS
@@ -61,12 +67,7 @@ class IA3(Method):
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's IA3."""
-        from peft import IA3Config, TaskType, get_peft_model
-
         targets = self.targets_of()
-        config = IA3Config(
-            task_type=TaskType.CAUSAL_LM,
-            target_modules=targets,
-            feedforward_modules=[name for name in targets if self.rescales_input(name)],
-        )
-        return get_peft_model(model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32")
+        rescaled = [name for name in targets if self.rescales_input(name)]
+        options = {"target_modules": targets, "feedforward_modules": rescaled}
+        return with_adapter(model, "IA3Config", self.adapter_dtype, **options)

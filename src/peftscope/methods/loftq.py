@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftscope.files.content import Count
+from peftscope.methods.fields import RunSpec
 from peftscope.methods.low_rank import LowRankOnFewBits, decompositions
 from peftscope.models.rounding import rounded
+from peftscope.models.shapes import LinearLayer, ModelShape
 
 if TYPE_CHECKING:
     import torch
-
-    from peftscope.models.shapes import LinearLayer, ModelShape
-    from peftscope.spec import RunSpec
 
 ITERATION_SECONDS = 0.5
 """The seconds of one iteration on a matrix of 4096 x 4096 on a card: a guess."""

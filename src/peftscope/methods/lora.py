@@ -5,14 +5,12 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from peftscope.methods.fields import RunSpec
 from peftscope.methods.low_rank import LowRank
-
-if TYPE_CHECKING:
-    from peftscope.spec import RunSpec
 
 
 class LoRA(LowRank):

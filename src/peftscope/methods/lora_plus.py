@@ -5,16 +5,13 @@ Source: Hayou et al. 2024, arXiv 2402.12354, which also proposes the default rat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from peftscope.files.content import NUMBER
-from peftscope.methods.fields import ClosedForm
+from peftscope.methods.fields import ClosedForm, RunSpec
 from peftscope.methods.low_rank import LowRank
-
-if TYPE_CHECKING:
-    from peftscope.spec import RunSpec
 
 
 class LoRAPlus(LowRank):
@@ -33,8 +30,5 @@ class LoRAPlus(LowRank):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return [
             {"params": [p for name, p in trained if ".lora_B." not in name], "lr": spec.learning_rate},
-            {
-                "params": [p for name, p in trained if ".lora_B." in name],
-                "lr": spec.learning_rate * self.lr_ratio,
-            },
+            {"params": [p for name, p in trained if ".lora_B." in name], "lr": spec.learning_rate * self.lr_ratio},
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from peftscope.methods.fields import (
     SIMULATED,
@@ -16,14 +16,13 @@ from peftscope.methods.fields import (
     Quantization,
     QuantType,
     Rank,
+    RunSpec,
     Targets,
     adapted_modules,
     target_modules,
+    with_adapter,
 )
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.models.shapes import ModelShape
 
 
 def low_rank_parameters(shape: ModelShape, targets: str | tuple[str, ...], rank: int) -> int:
@@ -54,18 +53,8 @@ def wrap_with_lora(
     **options: Any,
 ) -> Any:
     """Returns ``model`` with a LoRA layer on every target. ``options`` are passed to PEFT's ``LoraConfig``."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=adapted_modules(model, targets),
-        bias="none",
-        **options,
-    )
-    return get_peft_model(model, config, autocast_adapter_dtype=adapter_dtype == "fp32")
+    options |= {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none"}
+    return with_adapter(model, "LoraConfig", adapter_dtype, target_modules=adapted_modules(model, targets), **options)
 
 
 class LowRank(Method):
@@ -105,10 +94,4 @@ class LowRankOnFewBits(LowRank):
         """Returns the storage of the base, or None if its code is simulated."""
         if self.quant_type in SIMULATED:
             return None
-        return Quantization(
-            quant_type=self.quant_type, double_quant=self.double_quant, compute_dtype=self.compute_dtype
-        )
-
-    def rounding(self) -> str | None:
-        """Returns the code if it is simulated."""
-        return self.quant_type if self.quant_type in SIMULATED else None
+        return Quantization(**self.model_dump(include={*Quantization.model_fields}))

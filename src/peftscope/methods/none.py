@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from peftscope.methods.fields import SIMULATED, ClosedForm, Method, Quantization
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.methods.fields import SIMULATED, ClosedForm, Method, RunSpec
+from peftscope.models.shapes import ModelShape
 
 
 class Untouched(Method):
@@ -21,14 +18,6 @@ class Untouched(Method):
 
     name: Literal["none"] = "none"
     base_weights: Literal["full", "nf4", "nf3", "nf2"] = "full"
-
-    def quantization(self) -> Quantization | None:
-        """Returns NF4 with double quantisation for the 4-bit copy, and None for the base itself."""
-        return Quantization() if self.base_weights == "nf4" else None
-
-    def rounding(self) -> str | None:
-        """Returns the code if it is simulated."""
-        return self.base_weights if self.base_weights in SIMULATED else None
 
     def full_label(self) -> str:
         """Returns the label, which names a copy of few bits as such."""

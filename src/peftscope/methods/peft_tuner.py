@@ -9,17 +9,13 @@ import copy
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.methods.fields import AdapterDtype, Method, Quantization, Targets, adapted_modules, target_modules
-from peftscope.methods.tuner_limits import limit_of
-from peftscope.methods.tuner_options import options_of, problems_of_options, tuners, with_json_types
-
-if TYPE_CHECKING:
-    from peftscope.spec import RunSpec
+from peftscope.methods.fields import AdapterDtype, Method, RunSpec, Targets, adapted_modules, target_modules
+from peftscope.methods.tuner_options import limit_of, options_of, problems_of_options, tuners, with_json_types
 
 OTHER_LAYERS = ("adaption_prompt", "ln_tuning", "trainable_tokens")
 """Tuners of other layers than linear ones. Without targets, they take those that PEFT names for the model's family."""
@@ -46,7 +42,7 @@ class PeftTuner(Method):
     ] = "vera"
     options: Annotated[
         dict[str, Any], Field(description="fields of PEFT's configuration; those left out have PEFT's defaults")
-    ] = {}  # noqa: RUF012 - pydantic copies it
+    ] = {}
     targets: Annotated[
         Targets | None, Field(description="as LoRA's; null: all-linear, or PEFT's choice for tuners of other layers")
     ] = None
@@ -126,10 +122,6 @@ class PeftTuner(Method):
         if self.targets is None:
             return [] if self.tuner in OTHER_LAYERS else target_modules("all-linear")
         return target_modules(self.targets)
-
-    def quantization(self) -> Quantization | None:
-        """Returns NF4 with double quantisation for a 4-bit base."""
-        return Quantization() if self.base_weights == "nf4" else None
 
     def full_label(self) -> str:
         """Returns the tuner's name, with the options that differ from the defaults."""

@@ -8,14 +8,11 @@ repeats the decomposition.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from peftscope.methods.fields import Alpha
+from peftscope.methods.fields import Alpha, RunSpec
 from peftscope.methods.low_rank import LowRank, decompositions
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import LinearLayer, ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.models.shapes import LinearLayer, ModelShape
 
 DECOMPOSITION_SECONDS = 5.0
 """The seconds of decomposing one matrix of 4096 x 4096 on a card: a guess."""

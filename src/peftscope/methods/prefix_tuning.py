@@ -5,13 +5,10 @@ Source: Li and Liang 2021, arXiv 2101.00190, without the reparametrisation netwo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from peftscope.methods.fields import Prepended
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.methods.fields import Prepended, RunSpec, with_adapter
+from peftscope.models.shapes import ModelShape
 
 
 class PrefixTuning(Prepended):
@@ -29,7 +26,4 @@ class PrefixTuning(Prepended):
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's prefix tuning."""
-        from peft import PrefixTuningConfig, TaskType, get_peft_model
-
-        config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.virtual_tokens)
-        return get_peft_model(model, config)
+        return with_adapter(model, "PrefixTuningConfig", num_virtual_tokens=self.virtual_tokens)

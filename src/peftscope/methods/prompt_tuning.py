@@ -5,13 +5,10 @@ Source: Lester et al. 2021, arXiv 2104.08691.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from peftscope.methods.fields import Prepended
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.methods.fields import Prepended, RunSpec, with_adapter
+from peftscope.models.shapes import ModelShape
 
 
 class PromptTuning(Prepended):
@@ -31,11 +28,5 @@ class PromptTuning(Prepended):
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's prompt tuning. The embeddings start as samples from the vocabulary."""
-        from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
-
-        config = PromptTuningConfig(
-            task_type=TaskType.CAUSAL_LM,
-            num_virtual_tokens=self.virtual_tokens,
-            prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
-        )
-        return get_peft_model(model, config)
+        options: dict[str, Any] = {"num_virtual_tokens": self.virtual_tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
+        return with_adapter(model, "PromptTuningConfig", **options)

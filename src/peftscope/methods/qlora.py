@@ -5,14 +5,12 @@ Source: Dettmers et al. 2023, arXiv 2305.14314: NF4, double quantisation, produc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from peftscope.methods.fields import RunSpec
 from peftscope.methods.low_rank import LowRankOnFewBits
-
-if TYPE_CHECKING:
-    from peftscope.spec import RunSpec
 
 
 def _spelled(value: bool | str) -> str:

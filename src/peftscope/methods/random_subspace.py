@@ -19,14 +19,12 @@ from pydantic import Field
 
 from peftscope.errors import InputError, Problem
 from peftscope.files.content import Count
-from peftscope.methods.fields import Method, Rank, Targets
+from peftscope.methods.fields import Method, Rank, RunSpec, Targets
 from peftscope.methods.low_rank import wrap_with_lora
+from peftscope.models.shapes import ModelShape
 
 if TYPE_CHECKING:
     import torch
-
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
 
 
 class RandomSubspace(Method):

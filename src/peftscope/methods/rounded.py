@@ -6,16 +6,13 @@ rounding is simulated: weights keep the base's dtype. Each block's constant is c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftscope.methods.fields import Method, target_modules
+from peftscope.methods.fields import Method, RunSpec, target_modules
 from peftscope.models.rounding import linear_layers, round_linear_weights
-
-if TYPE_CHECKING:
-    from peftscope.models.shapes import ModelShape
-    from peftscope.spec import RunSpec
+from peftscope.models.shapes import ModelShape
 
 
 class Rounded(Method):

@@ -5,12 +5,10 @@ Source: Kalajdzievski 2023, arXiv 2312.03732.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from peftscope.methods.fields import RunSpec
 from peftscope.methods.low_rank import LowRank
-
-if TYPE_CHECKING:
-    from peftscope.spec import RunSpec
 
 
 class RsLoRA(LowRank):

@@ -1,4 +1,7 @@
-"""The tuners of PEFT and their options, as ``make tuners`` read them from its classes, whose import loads torch."""
+"""The tuners of PEFT, their options, and what they cannot do here, as ``make tuners`` found it.
+
+It reads the options from PEFT's classes, whose import loads torch, and tries each tuner on the toy model.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from peftscope.errors import Problem, close_match, shown
 
 OPTIONS_FILE = Path(__file__).with_name("tuner_options.json")
+LIMITS_FILE = Path(__file__).with_name("tuner_limits.json")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,18 @@ def tuners() -> dict[str, dict[str, Option] | None]:
         tuner: None if listed is None else {option["name"]: Option(**option) for option in listed}
         for tuner, listed in content.items()
     }
+
+
+@cache
+def limits() -> dict[str, dict[str, str]]:
+    """Returns, for each tuner that has limits, what it cannot do and the reason."""
+    found: dict[str, dict[str, str]] = json.loads(LIMITS_FILE.read_text(encoding="utf-8"))["tuners"]
+    return found
+
+
+def limit_of(tuner: str, what: str) -> str:
+    """Returns why a tuner cannot do something; empty if it can, or was never tried."""
+    return limits().get(tuner, {}).get(what, "")
 
 
 def options_of(tuner: str) -> dict[str, Option]:

@@ -7,10 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.content import HUB_ID_PATTERN, REVISION_PATTERN, CountOrZero, HubId, read_yaml
+from peftscope.files.content import HUB_ID_PATTERN, REVISION_PATTERN, CountOrZero, HubId, Strict, read_yaml
 from peftscope.files.problems import validated
 from peftscope.files.wheel import SplitFile
 from peftscope.layout import MODELS_FILE, MODELS_FOLDER, shipped, why_not_read
@@ -22,10 +22,8 @@ LOCAL: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "tru
 """The options with which every model is loaded: from its folder, without pickles, without its own code."""
 
 
-class RandomSource(BaseModel):
+class RandomSource(Strict):
     """Random weights drawn once from a seed. ``like`` names a preset whose shape is written in bf16, shard by shard."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["random"]
     seed: CountOrZero = 0
@@ -45,20 +43,16 @@ class WheelSource(SplitFile):
     download_bytes: Annotated[int, Field(gt=0)]
 
 
-class HubSource(BaseModel):
+class HubSource(Strict):
     """A model of a Hugging Face hub. A spec's own revision overrides the revision that is pinned here."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["hub"]
     repository: HubId
     revision: Annotated[str, Field(pattern=REVISION_PATTERN)] | None = None
 
 
-class BaseModelEntry(BaseModel):
+class BaseModelEntry(Strict):
     """One base model: its source, its licence, and its shape if it is known."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: Annotated[RandomSource | WheelSource | HubSource, Field(discriminator="kind")]
     licence: str = ""

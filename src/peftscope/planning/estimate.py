@@ -130,10 +130,7 @@ def measured_runs() -> list[dict[str, Any]]:
 
 
 def estimate_seconds(
-    spec: RunSpec,
-    rate_of: Callable[[RunSpec], float | None] = lambda spec: None,
-    *,
-    one_thread: bool = False,
+    spec: RunSpec, rate_of: Callable[[RunSpec], float | None] = lambda spec: None, *, one_thread: bool = False
 ) -> float:
     """Returns the estimated wall seconds of a run, to within a factor of about 1.5.
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.files.content import NUMBER, CountOrZero, read_yaml
+from peftscope.files.content import NUMBER, CountOrZero, Strict, read_yaml
 from peftscope.files.problems import validated
 from peftscope.layout import EXPERIMENTS, STUDIES, check_experiment_name, shipped
 from peftscope.methods import METHODS
@@ -25,20 +25,16 @@ NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims", "claims-history", "f
 Values = Annotated[list[Any], Field(min_length=1)]
 
 
-class Ladder(BaseModel):
+class Ladder(Strict):
     """One factor at a time around a centre: every axis is varied alone."""
-
-    model_config = ConfigDict(extra="forbid")
 
     centre: dict[str, Any] = {}
     axes: Annotated[dict[str, Values], Field(min_length=1)]
     seeds: list[CountOrZero] | None = None
 
 
-class Exclusion(BaseModel):
+class Exclusion(Strict):
     """Combinations to leave out, and why."""
-
-    model_config = ConfigDict(extra="forbid")
 
     match: Annotated[dict[str, Any], Field(min_length=1)]
     reason: Annotated[str, Field(min_length=1)]
@@ -56,15 +52,13 @@ A_A_SHIFT = 1000
 Control = Literal["a-a", "zero-lr", "shuffled-labels"]
 
 
-class BorrowedRate(BaseModel):
+class BorrowedRate(Strict):
     """The learning rate of another arm, whatever it will be.
 
     Attributes:
         arm: The arm whose chosen rate is taken.
         times: What it is multiplied by.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     arm: str
     times: Annotated[float, Field(gt=0), NUMBER] = 1.0
@@ -77,7 +71,7 @@ VARIED, FEWEST_VALUES = ("rank", "alpha", "dimension"), 3
 """The fields over which a study may have a figure, and of how many values."""
 
 
-class Study(BaseModel):
+class Study(Strict):
     """Arms that are compared at their own best learning rate.
 
     The listed rates of an arm run on a seed of their own. Around the best of them, the centre, the arm then runs at
@@ -105,8 +99,6 @@ class Study(BaseModel):
         contrasts: Arms that are compared with another one than the reference as well, each with that one.
         pilot: The study whose A/A pairs say beforehand what the planned pairs can see; null: this one.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], dict[str, Any]], Field(min_length=1)]
     learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0), NUMBER]], Field(min_length=3)]] = {}
@@ -271,17 +263,14 @@ class Entrant:
     shift: int = 0
 
 
-class Experiment(BaseModel):
+class Experiment(Strict):
     """What an experiment file may say."""
-
-    model_config = ConfigDict(extra="forbid")
 
     title: str = ""
     description: str = ""
     extends: str | None = None
     card: Annotated[
-        str | None,
-        Field(description="the card that it is made for, which `expand` takes where there is none"),
+        str | None, Field(description="the card that it is made for, which `expand` takes where there is none")
     ] = None
     fixed: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}

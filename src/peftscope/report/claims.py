@@ -17,7 +17,7 @@ from peftscope.files.atomic import write_json
 from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
 from peftscope.report.deciding import what_would_decide
 from peftscope.report.looks import MARKERS, SAFE_COLOURS
-from peftscope.report.rendering import asset, rendered
+from peftscope.report.rendering import asset, write_page
 from peftscope.report.spoken import (
     deciding,
     key_part,
@@ -64,15 +64,18 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     order = list(ROWS)
     entries = [_entry(claim, by_id[claim.id]) for claim in claims if claim.id in by_id]
     entries.sort(key=lambda entry: order.index(row_of(entry["finding"])))
-    places = {topic: [order.index(row_of(e["finding"])) for e in group] for topic, group in _by_topic(entries).items()}
     counts = {v: sum(finding["verdict"] == v for finding in findings) for v in COLOURS}
+    topics: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        topics.setdefault(entry["claim"].section, []).append(entry)
+
+    def place(topic: str) -> float:
+        return mean(order.index(row_of(entry["finding"])) for entry in topics[topic])
+
     content = {
-        "entries": entries,
-        "topics": dict(sorted(_by_topic(entries).items(), key=lambda item: mean(places[item[0]]))),
+        "topics": {topic: topics[topic] for topic in sorted(topics, key=place)},
         "kinds": sorted({part["kind"] for finding in findings for part in finding["parts"]}),
-        "worlds": sorted(
-            {world for entry in entries for world in entry["worlds"]}, key=lambda name: (name == NO_WORLD, name)
-        ),
+        "worlds": sorted(set().union(*(e["worlds"] for e in entries)), key=lambda name: (name == NO_WORLD, name)),
         "counts": {verdict: count for verdict, count in counts.items() if count},
         "total": len(findings),
         "chapter": CHAPTER,
@@ -85,26 +88,15 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "spoken_verdict": spoken_verdict,
         "spoken_moves": spoken_moves,
     }
-    path = CLAIMS_PAGE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_page(CLAIMS_PAGE.with_suffix(".md"), "claims.md.j2", **content)
     style = asset("report.css") + asset("claims.css")
-    path.write_text(rendered("claims.html.j2", **content, style=style, script=asset("claims.js")))
-    path.with_suffix(".md").write_text(rendered("claims.md.j2", **content))
-    return path
+    return write_page(CLAIMS_PAGE, "claims.html.j2", **content, style=style, script=asset("claims.js"))
 
 
 def row_of(finding: dict[str, Any]) -> str:
     """Returns how a claim is known: the first of ``ROWS`` that has a kind of the parts that decide it."""
     kinds = {part["kind"] for part in deciding(finding)}
     return next(row for row, of_row in ROWS.items() if kinds & of_row or not of_row)
-
-
-def _by_topic(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Returns the entries of each topic, in their order."""
-    topics: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        topics.setdefault(entry["claim"].section, []).append(entry)
-    return topics
 
 
 def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
-import pandas as pd
-
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
-from peftscope.report.contrasts import compared_label, contrasts, readable_difference
-from peftscope.report.sentences import spoken_outcome
+from peftscope.report.contrasts import contrasts, readable_contrasts
 from peftscope.report.tables import markdown
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "“": "``", "”": "''"}
@@ -40,18 +35,8 @@ def exported(name: str, form: str) -> str:
     table = contrasts(study)
     if form == "csv":
         return table.to_csv(index=False)
-    reference = study.labels[study.reference]
-    rows = []
-    for row in table.to_dict("records"):
-        numbers = readable_difference(row, reference)
-        rows.append(
-            {
-                "arm": compared_label(row["arm"], row["against"], study.reference, study.labels),
-                **{column: numbers[column] for column in list(numbers)[:3]},
-                "what it says": spoken_outcome(row["outcome"], row["difference"]),
-            }
-        )
-    frame = pd.DataFrame(rows)
+    readable = readable_contrasts(table, study.labels)
+    frame = readable[[*readable.columns[:4], *readable.columns.intersection(["what it says"])]]
     if form == "markdown":
         return f"{markdown(frame)}\n{caption(study)}"
     lines = [
@@ -68,4 +53,4 @@ def latex(text: str) -> str:
     >>> latex("rank_8: +2.5 % [−1.0, +6.0]")
     'rank\\_8: +2.5 \\% {[}$-$1.0, +6.0]'
     """
-    return re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], text)
+    return text.translate({ord(sign): written for sign, written in LATEX.items()})

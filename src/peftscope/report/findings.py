@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftscope.analysis.capacity import breaks, stored_bits
 from peftscope.analysis.collect import read_runs
@@ -17,17 +16,9 @@ from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.files.content import read_yaml
-from peftscope.files.problems import dotted, problems_of
-from peftscope.layout import (
-    FINDINGS_FILE,
-    FINDINGS_PAGE,
-    PUBLISHED_REPORTS,
-    REPORTS,
-    folder_with,
-    published,
-    shipped,
-)
+from peftscope.files.content import Strict, read_yaml
+from peftscope.files.problems import validated
+from peftscope.layout import FINDINGS_FILE, FINDINGS_PAGE, PUBLISHED_REPORTS, REPORTS, folder_with, published, shipped
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.record import FINAL
 from peftscope.report.capacity import answer as answer_on_capacity
@@ -35,7 +26,7 @@ from peftscope.report.contrasts import answer as answer_of_study
 from peftscope.report.contrasts import contrasts
 from peftscope.report.front import Surprise, rests_on, surprising
 from peftscope.report.page import ANSWERS
-from peftscope.report.rendering import rendered
+from peftscope.report.rendering import write_page
 from peftscope.report.shares import arms_shown
 from peftscope.report.spoken import deciding, short_scope, spoken_finding, spoken_verdict
 from peftscope.words import spoken_time
@@ -44,7 +35,7 @@ ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
 
 
-class Topic(BaseModel):
+class Topic(Strict):
     """One part of the page.
 
     Attributes:
@@ -56,8 +47,6 @@ class Topic(BaseModel):
         papers: Where the papers say something else, or measure otherwise.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     title: str
     claims: list[str]
     studies: list[str] = []
@@ -66,63 +55,39 @@ class Topic(BaseModel):
     papers: str
 
 
-class Cut(BaseModel):
-    """A study that was not run, and will not be for now.
-
-    Attributes:
-        study: Its experiment.
-        why: Why others came first.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    study: str
-    why: str
-
-
-class Content(BaseModel):
+class Content(Strict):
     """What ``experiments/findings.yaml`` says.
 
     Attributes:
         first: The findings that surprise most, which the README and the page show first.
         topics: The topics of the page.
-        cut: The studies that were planned and are not run.
+        cut: The studies that were planned and are not run for now, each with the reason why others came first.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     first: list[Surprise] = []
     topics: list[Topic]
-    cut: list[Cut] = []
+    cut: dict[str, str] = {}
 
 
-def read_content(known: Sequence[str]) -> Content:
-    """Returns what ``experiments/findings.yaml`` says.
+def read_content(claims: Sequence[str]) -> Content:
+    """Returns what ``experiments/findings.yaml`` says of the claims with these ids.
 
     Raises:
         InputError: The file has problems, or names a claim or an experiment that is not known.
     """
     path = shipped(FINDINGS_FILE)
-    names = set(Topic.model_fields) | set(Surprise.model_fields) | set(Cut.model_fields)
-    try:
-        content = Content.model_validate(read_yaml(path))
-    except ValidationError as error:
-        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", names)) from None
-    claims = [(topic.title, name) for topic in content.topics for name in topic.claims]
-    claims += [("first", surprise.claim) for surprise in content.first]
-    lost = [
-        Problem(f"{path}: {where}", f"no such claim (got {name})", close_match(name, known))
-        for where, name in claims
-        if name not in known
-    ]
-    experiments = [(topic.title, name) for topic in content.topics for name in topic.studies]
-    experiments += [("cut", cut.study) for cut in content.cut]
-    lost += [
-        Problem(f"{path}: {where}", f"no such experiment (got {name})", close_match(name, experiment_names()))
-        for where, name in experiments
-        if name not in experiment_names()
-    ]
-    if lost:
+    names = set(Topic.model_fields) | set(Surprise.model_fields)
+    content = validated(Content, read_yaml(path), path, names)
+    named = [("claim", topic.title, name) for topic in content.topics for name in topic.claims]
+    named += [("claim", "first", surprise.claim) for surprise in content.first]
+    named += [("experiment", topic.title, name) for topic in content.topics for name in topic.studies]
+    named += [("experiment", "cut", name) for name in content.cut]
+    there_are = {"claim": claims, "experiment": experiment_names()}
+    if lost := [
+        Problem(f"{path}: {where}", f"no such {kind} (got {name})", close_match(name, there_are[kind]))
+        for kind, where, name in named
+        if name not in there_are[kind]
+    ]:
         raise InputError(lost)
     return content
 
@@ -139,7 +104,8 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
     """
     by_id = {finding["id"]: finding for finding in findings}
     content = read_content([claim.id for claim in claims])
-    page = rendered(
+    return write_page(
+        folder / FINDINGS_PAGE.name,
         "findings.md.j2",
         basis=rests_on(findings),
         confidence=f"{100 * CONFIDENCE:g}",
@@ -150,10 +116,6 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         cut=content.cut,
         statements={claim.id: claim.statement for claim in claims},
     )
-    path = folder / FINDINGS_PAGE.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
-    return path
 
 
 def _rounding(findings: list[dict[str, Any]]) -> str:

@@ -36,8 +36,7 @@ def draw_forgetting(axes: plt.Axes, experiment: str) -> None:
     axes.set(
         xlabel="validation loss on the task (nats per response token)", ylabel="English prose, rise (bits per byte)"
     )
-    if means:
-        beside(axes)
+    beside(axes)
 
 
 def forgetting_sentence(experiment: str) -> str:
@@ -55,8 +54,8 @@ def forgetting_sentence(experiment: str) -> str:
 
 
 def _at_equal_loss(study: StudyResults) -> str:
-    other = next((arm for arm in study.arms if study.arm_runs(arm)["method"].iloc[0] == "full"), study.reference)
-    theirs, said = dict(curves(study, study.arm_runs(other))), []
+    other, said = study.whole, []
+    theirs = dict(curves(study, study.arm_runs(other)))
     for arm in study.arms:
         mine = dict(curves(study, study.arm_runs(arm)))
         matched = [matched_rises(mine[seed], theirs[seed]) for seed in mine.keys() & theirs.keys() if arm != other]

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from pydantic import BaseModel, ConfigDict
 
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError, Problem
+from peftscope.files.content import Strict
 from peftscope.layout import FINDINGS_FILE, PUBLISHED_REPORTS, PUBLISHED_RESULTS
 from peftscope.memory.answer import AGREEMENT_FILE
 from peftscope.models.catalog import find_model
@@ -38,7 +38,7 @@ GREY = "#77808a"
 """A grey that can be read on white and on black."""
 
 
-class Surprise(BaseModel):
+class Surprise(Strict):
     """One finding of the README's first screen and of the page of findings.
 
     Attributes:
@@ -47,8 +47,6 @@ class Surprise(BaseModel):
         says: The sentence. ``{0}``, ``{1}`` and so on stand for the numbers of the parts that decide, in their order;
             ``{size[0]}`` is one without its sign.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     claim: str
     verdict: Verdict

@@ -19,7 +19,7 @@ from peftscope.errors import InputError
 from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, published, published_paths, report_path
 from peftscope.planning.experiment import A_A
 from peftscope.report.contrasts import contrasts, controls, readable_difference
-from peftscope.report.rendering import asset, rendered
+from peftscope.report.rendering import asset, write_page
 from peftscope.report.sentences import spoken_outcome
 from peftscope.report.study import EARLIER_MARGIN
 from peftscope.report.tables import PREDICTED_PEAK, markdown, pooled, settings, spoken_settings
@@ -80,32 +80,26 @@ class Entry:
         )
 
 
-@dataclass(frozen=True)
-class Section:
-    """The arms that were compared with one reference on one task.
+Section = list[Entry]
+"""The arms that were compared with one reference on one task, by their estimates, A/A rows last."""
 
-    Attributes:
-        entries: One per row, by their estimates, A/A rows last.
-    """
 
-    entries: list[Entry]
+def reference_of(section: Section) -> Entry:
+    """Returns the row that the others are compared with."""
+    return next(entry for entry in section if not entry.numbers)
 
-    @property
-    def reference(self) -> Entry:
-        """The row that the others are compared with."""
-        return next(entry for entry in self.entries if not entry.numbers)
 
-    @property
-    def subject(self) -> str:
-        """The model, the task, the number of steps, the batch, the seeds and the first of the studies."""
-        runs, names = self.reference.runs, list(self.reference.said)
-        first = runs.iloc[0]
-        studies = f"{names[0]} and {more} more" if (more := len(names) - 1) else names[0]
-        return (
-            f"{first['model']}, {first['task']}, {first['steps']} steps of "
-            f"{first['batch_size'] * first['gradient_accumulation']}, seeds {runs['seed'].min()} to "
-            f"{runs['seed'].max()} ({studies})"
-        )
+def subject_of(section: Section) -> str:
+    """Returns the model, the task, the number of steps, the batch, the seeds and the first of the studies."""
+    reference = reference_of(section)
+    runs, names = reference.runs, list(reference.said)
+    first = runs.iloc[0]
+    studies = f"{names[0]} and {more} more" if (more := len(names) - 1) else names[0]
+    return (
+        f"{first['model']}, {first['task']}, {first['steps']} steps of "
+        f"{first['batch_size'] * first['gradient_accumulation']}, seeds {runs['seed'].min()} to "
+        f"{runs['seed'].max()} ({studies})"
+    )
 
 
 def read_sections(folder: Path = REPORTS) -> tuple[list[Section], dict[str, str]]:
@@ -169,15 +163,15 @@ def _section(entries: list[Entry]) -> Section:
         replace(each, label=f"{each.label} ({next(iter(each.said))})") if names.count(each.label) > 1 else each
         for each in entries
     ]
-    return Section(sorted(entries, key=lambda each: (each.is_control, -each.ahead)))
+    return sorted(entries, key=lambda each: (each.is_control, -each.ahead))
 
 
 def table(section: Section) -> pd.DataFrame:
     """Returns the rows of a section as text, with what an arm costs; without columns that are empty in every row."""
-    reference = pooled(section.reference.runs).iloc[0]
-    empty = {column: "-" for entry in section.entries for column in entry.numbers}
+    reference = pooled(reference_of(section).runs).iloc[0]
+    empty = {column: "-" for entry in section for column in entry.numbers}
     rows = []
-    for entry in section.entries:
+    for entry in section:
         costs = entry.runs.reindex(columns=["trained_parameters", PREDICTED_PEAK, "step_seconds_median"]).median()
         rows.append(
             {
@@ -225,22 +219,19 @@ def write_leaderboard(sections: list[Section], left_out: dict[str, str], folder:
         "points": POINTS,
         "style": asset("report.css"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / f"{LEADERBOARD}.html"
-    for suffix in (".html", ".md"):
-        page.with_suffix(suffix).write_text(rendered(f"{LEADERBOARD}{suffix}.j2", **content))
-    return page
+    write_page(folder / f"{LEADERBOARD}.md", "leaderboard.md.j2", **content)
+    return write_page(folder / f"{LEADERBOARD}.html", "leaderboard.html.j2", **content)
 
 
 def _content(section: Section, folder: Path) -> dict[str, Any]:
     def linked(form: str) -> pd.DataFrame:
-        links = [_links(entry, folder, form) for entry in section.entries]
+        links = [_links(entry, folder, form) for entry in section]
         return shown.assign(study=pd.Series(links, dtype=object))  # pandas' own dtype for text forgets markup
 
     shown = table(section)
     return {
-        "subject": section.subject,
-        "reference": section.reference.label,
+        "subject": subject_of(section),
+        "reference": reference_of(section).label,
         "columns": list(shown.columns),
         "rows": linked(Markup('<a href="{}">{}</a>')).to_numpy().tolist(),
         "markdown": Markup(markdown(linked("[{1}]({0})"))),

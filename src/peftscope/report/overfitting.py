@@ -55,8 +55,7 @@ def draw_overfitting(axes: plt.Axes, experiment: str) -> None:
         plain_ticks(panel.yaxis)
     axes.tick_params(labelbottom=False)
     beneath.set(xlabel="step")
-    if curves:
-        beside(beneath)
+    beside(beneath)
 
 
 def overfitting_sentence(experiment: str) -> str:

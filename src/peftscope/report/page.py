@@ -23,9 +23,9 @@ from peftscope.record import measured_path
 from peftscope.report.capacity import SENTENCE as CAPACITY
 from peftscope.report.capacity import capacity_facts
 from peftscope.report.memory import CARDS
-from peftscope.report.parts import PARTS, function_of
+from peftscope.report.parts import PARTS
 from peftscope.report.plots import draw_figure
-from peftscope.report.rendering import asset, rendered
+from peftscope.report.rendering import asset, write_page
 from peftscope.report.sentences import FIGURES, NOTHING, sentence
 from peftscope.report.serving import latencies, limited_runs
 from peftscope.report.study import study_facts, study_sentences
@@ -35,7 +35,7 @@ from peftscope.report.weights import cuts_table, updates_table
 from peftscope.sizing.grid import CENTRE, MODEL
 from peftscope.words import listed, spoken_bytes, spoken_time
 
-ANSWERS: dict[str, Callable[[str], str]] = {part.answer: function_of(part.sentence) for part in PARTS if part.answer}
+ANSWERS: dict[str, Callable[[str], str]] = {part.answer: part.sentence for part in PARTS if part.answer}
 """The figures that carry the answer of some studies, each with what says in words what it shows."""
 
 
@@ -53,12 +53,11 @@ def write_all(plan: Plan) -> Path:
     finished = not (plan.is_study and _unfinished(StudyResults(plan.name)))
     for part in PARTS:
         if part.belongs(plan) and (finished or not part.of_study):
-            write = function_of(part.writer)
             if part.answer:
                 path = results_folder(plan.name) / "figures" / f"{part.answer}.svg"
-                draw_figure(path, partial(write, experiment=plan.name))
+                draw_figure(path, partial(part.write, experiment=plan.name))
             else:
-                write(plan.name)
+                part.write(plan.name)
     return write_report(plan.name)
 
 
@@ -89,7 +88,8 @@ def write_report(experiment: str) -> Path:
     ]
     if not is_finished:
         figures, answers = figures + answers, []
-    page = rendered(
+    return write_page(
+        report_path(experiment),
         "report.html.j2",
         experiment=experiment,
         confidence=f"{100 * CONFIDENCE:g}",
@@ -99,13 +99,13 @@ def write_report(experiment: str) -> Path:
         script=asset("report.js"),
         figures=figures,
         answers=answers,
-        methods_table=(folder / "tables" / "methods.html").read_text(),
+        methods_table=_table(folder, "methods"),
         left_out=_left_out(runs),
-        runs_table=(folder / "tables" / "runs.html").read_text(),
-        benchmarks_table=_table_with_rows(folder / "tables" / "benchmarks"),
-        limits_table=_html_with_rows(limited_runs(runs), "limits"),
-        latency_table=_html_with_rows(latencies(runs), "latency"),
-        predictions_table=_table_with_rows(folder / "tables" / "predictions"),
+        runs_table=_table(folder, "runs"),
+        benchmarks_table=_table(folder, "benchmarks"),
+        limits_table=html(limited_runs(runs), "limits"),
+        latency_table=html(latencies(runs), "latency"),
+        predictions_table=_table(folder, "predictions"),
         fewest=FEWEST_FOR_MEANS,
         weights=_weights_tables(experiment) if weights_path(folder).is_file() else None,
         study=study,
@@ -116,34 +116,23 @@ def write_report(experiment: str) -> Path:
         warnings=_warnings(runs),
         materials=_materials(runs),
     )
-    path = report_path(experiment)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
-    return path
 
 
-def _table_with_rows(path: Path) -> str:
-    """Returns a table's HTML, or nothing if the table has no rows or does not exist."""
-    csv, html = path.with_suffix(".csv"), path.with_suffix(".html")
-    return html.read_text() if csv.is_file() and html.is_file() and len(pd.read_csv(csv)) else ""
-
-
-def _html_with_rows(frame: pd.DataFrame, name: str) -> str:
-    return html(frame, name) if len(frame) else ""
+def _table(folder: Path, name: str) -> str:
+    """Returns a table of an experiment's results as HTML."""
+    return (folder / "tables" / f"{name}.html").read_text()
 
 
 def _weights_tables(experiment: str) -> dict[str, str]:
     tables = {"measured": updates_table(experiment), "cuts": cuts_table(experiment)}
-    return {name: _html_with_rows(table, name) for name, table in tables.items()}
+    return {name: html(table, name) for name, table in tables.items()}
 
 
 def _left_out(runs: pd.DataFrame) -> dict[str, tuple[int, int] | None]:
     """Returns for each table how many of its rows the page shows, and how many there are; None if it shows all."""
     methods = method_summary(runs)
-    counts = {
-        "methods": (len(best_settings(methods)), len(methods)),
-        "runs": (len(notable_runs(runs)), len(runs)),
-    }
+    tables = {"methods": (best_settings(methods), methods), "runs": (notable_runs(runs), runs)}
+    counts = {name: (len(shown), len(table)) for name, (shown, table) in tables.items()}
     return {name: (shown, total) if shown < total else None for name, (shown, total) in counts.items()}
 
 
@@ -159,9 +148,9 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
         "unfinished": "",
         **facts,
         **figures,
-        "contrasts": (folder / "tables" / "contrasts.html").read_text(),
-        "controls": (folder / "tables" / "controls.html").read_text(),
-        "tuning_table": (folder / "tables" / "tuning.html").read_text(),
+        "contrasts": _table(folder, "contrasts"),
+        "controls": _table(folder, "controls"),
+        "tuning_table": _table(folder, "tuning"),
     }
 
 
@@ -177,16 +166,13 @@ def _memory_pages() -> dict[str, Any] | None:
     if not all((MEMORY_FOLDER / name).is_file() for name in ("bars.svg", "grid.svg")):
         return None
     centre = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CENTRE.items())
-    bars = (
-        f"What is alive at the peak of a training step around {centre}, in closed form: full fine-tuning in half "
-        "precision throughout, LoRA, and QLoRA with gradient checkpointing as in its paper."
-    )
-    grid = (
-        f"The memory that a card needs for {MODEL} around {centre}, including allocator and CUDA context. LoftQ takes "
-        "the same as QLoRA."
-    )
-    figures = [_figure(MEMORY_FOLDER, name, text) for name, text in (("bars", bars), ("grid", grid))]
-    return {"figures": figures, "cards": ", ".join(CARDS)}
+    said = {
+        "bars": f"What is alive at the peak of a training step around {centre}, in closed form: full fine-tuning in "
+        "half precision throughout, LoRA, and QLoRA with gradient checkpointing as in its paper.",
+        "grid": f"The memory that a card needs for {MODEL} around {centre}, including allocator and CUDA context. "
+        "LoftQ takes the same as QLoRA.",
+    }
+    return {"figures": [_figure(MEMORY_FOLDER, *each) for each in said.items()], "cards": ", ".join(CARDS)}
 
 
 def _figure(folder: Path, name: str, sentence: str) -> dict[str, Any]:

@@ -86,20 +86,19 @@ def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:
 
 
 @contextmanager
-def new_figure(path: Path, width: float, height: float, rows: int = 1, columns: int = 1, **grid: Any) -> Iterator[Any]:
+def new_figure(path: Path, width: float, height: float, columns: int = 1, **grid: Any) -> Iterator[Any]:
     """Yields the axes of a new figure, and then writes it. An SVG follows the colours of its page, a PNG is on white.
 
     Args:
         path: The picture.
         width: In inches.
         height: In inches.
-        rows: How many axes stand below each other.
         columns: How many stand beside each other.
         grid: Further arguments of ``plt.subplots``.
     """
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     with plt.rc_context(STYLE if path.suffix == ".svg" else {}):
-        figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **grid)
+        figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", **grid)
         yield axes
         save(figure, path)
 
@@ -171,8 +170,7 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
     if len(points) and not crowded:
         spread = float(points.max() - points.min()) or float(points.max()) / 10
         axes.set_ylim(float(points.min()) - spread / 3, float(points.max()) + spread / 3)
-    if len(trained):
-        beside(axes)
+    beside(axes)
 
 
 def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
@@ -275,19 +273,18 @@ def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
     axes.plot(ends, ends, color=GREY, linewidth=0.9, zorder=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set(
-        xlabel="predicted peak (MiB)",
-        ylabel="measured peak (MiB)",
-        title="Predicted and measured memory",
-    )
-    for axis in (axes.xaxis, axes.yaxis):
-        plain_ticks(axis)
+    axes.set(xlabel="predicted peak (MiB)", ylabel="measured peak (MiB)", title="Predicted and measured memory")
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
     beside(axes)
 
 
 def beside(axes: plt.Axes) -> None:
     """Puts the legend below the axes, where it hides no point and leaves the figure its width on a phone."""
-    columns = 2 if max(map(len, axes.get_legend_handles_labels()[1]), default=0) > LABEL_WIDTH / 2 else 4
+    labels = axes.get_legend_handles_labels()[1]
+    if not labels:
+        return
+    columns = 2 if max(map(len, labels)) > LABEL_WIDTH / 2 else 4
     below = axes.transAxes + mpl.transforms.ScaledTranslation(0, -LEGEND_INCHES, axes.figure.dpi_scale_trans)
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
     axes.legend(title="", fontsize=9, ncols=columns, frameon=False, **place)
@@ -323,22 +320,11 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
     for line, rungs in ladder.assign(x=numeric if is_number else ladder["value"]).groupby("line", sort=False):
         # Names have no natural order, so they are sorted by size and not joined by a line.
         rungs = rungs.sort_values("x" if is_number else "trained_parameters")
-        several = rungs["n"] >= FEWEST_FOR_MEANS
-        bars = [
-            (rungs["heldout_nll"] - rungs["heldout_nll_low"]).where(several).fillna(0),
-            (rungs["heldout_nll_high"] - rungs["heldout_nll"]).where(several).fillna(0),
-        ]
+        losses, several = rungs["heldout_nll"].astype(float), rungs["n"] >= FEWEST_FOR_MEANS
+        reach = (losses - rungs["heldout_nll_low"], rungs["heldout_nll_high"] - losses)
         colour, marker, dash = styles[str(line)]
-        axes.errorbar(
-            rungs["x"],
-            rungs["heldout_nll"].astype(float),
-            yerr=bars,
-            fmt=marker,
-            linestyle=dash if is_number else "none",
-            color=colour,
-            capsize=3,
-            label=line,
-        )
+        style = {"fmt": marker, "linestyle": dash if is_number else "none", "color": colour, "capsize": 3}
+        axes.errorbar(rungs["x"], losses, yerr=[side.where(several).fillna(0) for side in reach], label=line, **style)
         for end in ("heldout_nll_least", "heldout_nll_most"):
             pairs = rungs[rungs["n"] == FEWEST_FOR_MEANS - 1]
             axes.plot(pairs["x"], pairs[end].astype(float), marker, ms=4, color=colour)

@@ -33,13 +33,7 @@ from peftscope.layout import (
     run_folder,
 )
 from peftscope.planning.experiment import experiment_path
-from peftscope.planning.published import (
-    LARGEST_BYTES,
-    RECORDS,
-    published_items,
-    published_records,
-    write_runs,
-)
+from peftscope.planning.published import LARGEST_BYTES, RECORDS, published_items, published_records, write_runs
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import RESTORED, measured_path, parse_record, state_folder
 from peftscope.report.findings import read_content, write_findings
@@ -123,9 +117,7 @@ def publish_experiment(experiment: str) -> list[Path]:
         source / "runs.csv",
         *_chosen_rates(source),
         *filter(Path.is_file, [directions_path(experiment)]),
-        *sorted(source.glob("tables/*.csv")),
-        *sorted(source.glob("tables/*.parquet")),
-        *sorted(source.glob("tables/*.md")),
+        *(path for kind in ("csv", "parquet", "md") for path in sorted(source.glob(f"tables/*.{kind}"))),
         *sorted(source.glob("figures/*.svg")),
     ]
     results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment

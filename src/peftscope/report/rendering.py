@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -36,6 +37,13 @@ def rendered(template: str, **content: Any) -> str:
     )
     environment.filters["cell"] = markdown_cell
     return environment.get_template(template).render(**content)
+
+
+def write_page(path: Path, template: str, **content: Any) -> Path:
+    """Writes a page, as ``rendered`` gives it, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(rendered(template, **content))
+    return path
 
 
 def _plain(value: Any) -> str:

@@ -30,7 +30,7 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
     """
     if math.isnan(study.yardstick):
         return pd.DataFrame(columns=["method", field])
-    whole = _whole(study)
+    whole = study.whole
     gain, rows = _gain(study, whole), []
     for arm in [arm for group in _levels(study, field) for arm in group if arm in study.arms]:
         runs = study.arm_runs(arm)
@@ -67,22 +67,16 @@ def _levels(study: StudyResults, field: str) -> list[list[str]]:
     return study.settings.levels(field) if study.settings else [[arm for arm in study.arms if study.rate(arm).curve]]
 
 
-def _whole(study: StudyResults) -> str:
-    """Returns the arm of full fine-tuning, or else the reference."""
-    found = [arm for arm in study.arms if study.arm_runs(arm)["method"].iloc[0] == "full"]
-    return found[0] if found else study.reference
-
-
 def arms_shown(study: StudyResults) -> set[str]:
     """Returns the arms that the figure shows: the points of its lines, and the whole."""
     table = share_table(study, _varied(study))
-    return {_whole(study), *(table["arm"] if len(table) else ())}
+    return {study.whole, *(table["arm"] if len(table) else ())}
 
 
 def _named(study: StudyResults, table: pd.DataFrame) -> str:
     """Returns the name of the arm whose gain is the whole: that of its line if it is a point of one, or its label."""
     lines = list(table.loc[table["is_whole"], "method"])
-    return lines[0] if lines else study.labels[_whole(study)]
+    return lines[0] if lines else study.labels[study.whole]
 
 
 def _gain(study: StudyResults, arm: str) -> float:
@@ -95,7 +89,7 @@ def draw_shares(axes: plt.Axes, experiment: str) -> None:
     """Draws the share of full fine-tuning's gain over a field, with the loss on the right, and beneath the rates."""
     study = StudyResults(experiment)
     field = _varied(study)
-    table, whole = share_table(study, field), _whole(study)
+    table, whole = share_table(study, field), study.whole
     if table.empty:
         return
     grid = axes.figure.add_gridspec(3, 1)

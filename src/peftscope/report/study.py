@@ -55,8 +55,7 @@ def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
     axes.set(xscale="log", yscale="log", title="Learning rates that were tried")
     axes.set(xlabel="learning rate", ylabel="NLL (nats per response token)")
     plain_ticks(axes.yaxis)
-    if axes.lines:
-        beside(axes)
+    beside(axes)
 
 
 def draw_differences(axes: plt.Axes, study: StudyResults) -> None:

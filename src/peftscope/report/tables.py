@@ -332,8 +332,13 @@ def markdown_cell(text: str) -> str:
 
 
 def html(frame: pd.DataFrame, name: str) -> str:
-    """Returns a frame of text as an HTML table that a page can sort, without columns that are empty in every row."""
-    empty = [column for column in list(frame.columns)[1:] if len(frame) and frame[column].isin(["-", ""]).all()]
+    """Returns a frame of text as an HTML table that a page can sort, without columns that are empty in every row.
+
+    Without rows it is empty.
+    """
+    if frame.empty:
+        return ""
+    empty = [column for column in list(frame.columns)[1:] if frame[column].isin(["-", ""]).all()]
     frame = frame.drop(columns=empty)
     head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in frame.columns)
     rows = ("".join(f"<td>{escape(str(value))}</td>" for value in row) for row in frame.itertuples(index=False))

@@ -8,7 +8,6 @@ only. The products inside attention, padding and recomputation do not count.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_args
 
@@ -27,20 +26,11 @@ BUDGET_SECONDS = 0.3
 """The seconds after which the measurement stops, so that a busy processor does not prolong it."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """Useful floating-point operations of a training step, for each token and each response token of its batches."""
+def count_work(model: Any) -> tuple[int, int]:
+    """Returns the useful floating-point operations of a training step, for each token and for each response token.
 
-    per_token: int
-    per_response_token: int
-
-    def of_step(self, tokens: int, response_tokens: int) -> int:
-        """Returns the operations of a step."""
-        return self.per_token * tokens + self.per_response_token * response_tokens
-
-
-def count_work(model: Any) -> Work:
-    """Returns the work of a model: that of its linear layers, including adapters, with the weights that train now."""
+    They are those of the model's linear layers, including adapters, with the weights that train now.
+    """
     head = model.get_output_embeddings()
     counts = {"body": 0, "head": 0}
     for module in model.modules():
@@ -50,7 +40,7 @@ def count_work(model: Any) -> Work:
             # A 4-bit weight packs two values per byte. Its quantisation state has the real shape.
             size = state.shape.numel() if state is not None else weight.numel()
             counts["head" if module is head else "body"] += size * (6 if weight.requires_grad else 4)
-    return Work(counts["body"], counts["head"])
+    return counts["body"], counts["head"]
 
 
 def measure_ceilings(spec: RunSpec) -> Ceilings:

@@ -1,5 +1,7 @@
 """Saves and restores the state of training, so that a restarted job gives the same result as an uninterrupted one.
 
+Also writes trained weights as they were at one step, into a file of their own.
+
 State that follows from the spec is not saved: the base, its initialisation, and the order of the batches. Each process
 of a sharded run saves its own share, all after the same step. (``torch.distributed.checkpoint`` would do that too, but
 it unpickles its metadata.)
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from peftscope.files.manifest import file_sha256
 from peftscope.spec import RunSpec, run_id
@@ -154,6 +157,15 @@ class Checkpoints:
     def _files(self) -> list[Path]:
         """Returns all checkpoints, the newest first."""
         return sorted(self._folder.glob("checkpoint-*.pt"), reverse=True)
+
+
+def write_kept(path: Path, model: Any) -> None:
+    """Writes the trained parameters of a model by their names, in the precision in which they are trained."""
+    trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    save_file(trained, unfinished)
+    unfinished.replace(path)
 
 
 def _step(path: Path) -> int:

@@ -64,10 +64,7 @@ def load_base(spec: RunSpec) -> Any:
     if quantization:
         options["quantization_config"] = bitsandbytes_config(quantization)
     model = AutoModelForCausalLM.from_pretrained(
-        model_folder(spec.model, spec.revision),
-        device_map={"": device},
-        **LOCAL,
-        **options,
+        model_folder(spec.model, spec.revision), device_map={"": device}, **LOCAL, **options
     )
     if quantization:
         disable_weight_repacking(model)

@@ -54,7 +54,7 @@ def train(
     schedule = make_schedule(optimizer, spec)
     state = TrainingState(model, optimizer, schedule, log)
     done = checkpoints.restore(state)
-    meter, work = make_meter(spec.device), count_work(model)
+    meter, (for_token, for_response) = make_meter(spec.device), count_work(model)
     for _ in itertools.islice(batches, done * spec.gradient_accumulation):
         pass  # the checkpoint has trained on these
     columns = (
@@ -80,7 +80,7 @@ def train(
             log.data_seconds += ready - began
             log.tokens.append(sum(batch.tokens for batch in whole))
             responses = sum(int(batch.response_tokens) for batch in whole)
-            log.useful_flops.append(work.of_step(log.tokens[-1], responses))
+            log.useful_flops.append(for_token * log.tokens[-1] + for_response * responses)
             log.padded_tokens.append(sum(batch.input_ids.numel() for batch in whole))
             nll, loss = summed(torch.stack([output.nll, output.loss]), spec).tolist()
             log.nll.append(nll if math.isfinite(nll) else None)

@@ -97,18 +97,13 @@ class Advice:
 
     def _option(self, option: Option) -> dict[str, Any]:
         spec = option.question.spec
+        sizes = {"batch_size", "gradient_accumulation", "seq_len", "checkpointing", "precision", "optimizer"}
         return {
             "method": spec.method.model_dump(mode="json"),
             "changes": list(option.changes),
             "quality_loss_rests_on": option.standing.name.lower(),
             "costs": self.costs(option),
-            **{
-                name: getattr(spec, name)
-                for name in (
-                    *("batch_size", "gradient_accumulation", "seq_len"),
-                    *("checkpointing", "precision", "optimizer"),
-                )
-            },
+            **spec.model_dump(include=sizes),
             "shards": option.spread_over,
             "steps": option.steps,
             "peak_device_bytes": option.peak_device_bytes,
@@ -153,19 +148,13 @@ def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
     yield _length_line(option, situation)
     how = "on" if spec.checkpointing else "off"
     reason = "Gradients are the same; a step takes about a third longer, and activations take a fraction of the memory."
-    yield Line("recomputation", how, (), reason if spec.checkpointing else "It fits without.", "computed", "computed")
+    yield Line("recomputation", how, reason if spec.checkpointing else "It fits without.")
     epochs = settings.lines["epochs"]
     yield replace(epochs, choice=(), value=f"{option.steps:,} steps (epochs: {epochs.text})")
     yield _peak_line(option, situation)
     yield _time_line(option, situation)
-    yield Line(
-        "size on disk",
-        spoken_bytes(option.adapter_bytes),
-        (),
-        "all weights in 16 bits" if spec.method.trains_base else "the adapter in 32 bits",
-        "computed",
-        "computed",
-    )
+    saved = "all weights in 16 bits" if spec.method.trains_base else "the adapter in 32 bits"
+    yield Line("size on disk", spoken_bytes(option.adapter_bytes), saved)
     yield from (settings.lines[name] for name in ("variants", "merging") if name in settings.lines)
 
 
@@ -191,9 +180,8 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
     if line.setting == "alpha":
         return replace(line, choice=(), value=f"{spec.method.model_dump()['alpha']:g} (times the rank: {line.text})")
     if line.setting == "precision" and spec.method.trains_base:
-        return replace(
-            line, choice=(), value="32-bit weights under bf16 autocast" if spec.precision == "amp" else spec.precision
-        )
+        value = "32-bit weights under bf16 autocast" if spec.precision == "amp" else spec.precision
+        return replace(line, choice=(), value=value)
     return line
 
 
@@ -203,10 +191,10 @@ def _length_line(option: Option, situation: Situation) -> Line:
         asked = situation.seq_len
         taken = "be as long" if length == asked else f"have {asked:,} tokens, and is cut to fit"
         says = f"No example was measured; every one is taken to {taken}. Give --data or --lengths."
-        return Line("length", length, (), says, "custom", HABIT)
+        return Line("length", length, says, "custom", HABIT)
     says = f"Longest of {len(situation.lengths):,} measured examples: {max(situation.lengths):,} tokens. "
     says += f"{100 * option.cut_share:.1f} % are cut." if option.cut_share else "None is cut."
-    return Line("length", length, (), says, "computed", "measured on the data")
+    return Line("length", length, says, evidence="measured on the data")
 
 
 def _peak_line(option: Option, situation: Situation) -> Line:
@@ -216,17 +204,17 @@ def _peak_line(option: Option, situation: Situation) -> Line:
     value = f"{spoken_bytes(option.peak_device_bytes, 1)}{each} of {spoken_bytes(situation.gpu.usable_bytes, 1)}"
     says = f"{line.says} The longest batch, with a loss on every token.".strip()
     evidence = f"calculator: {answer.agreement}" + (f"; {line.evidence}" if line.claims else "")
-    return Line("peak", value, (), says, "computed", evidence, line.claims)
+    return Line("peak", value, says, evidence=evidence, claims=line.claims)
 
 
 def _time_line(option: Option, situation: Situation) -> Line:
     value, fast_card = " to ".join(map(spoken_time, option.seconds)), speed_of(situation.gpu)[1]
     if option.time_is_measured:
-        return Line("time", value, (), "The training alone.", "measured", "records of such a card")
+        return Line("time", value, "The training alone.", "measured", "records of such a card")
     reason = unvalidated(option.question)
     says = f"The training alone, by the model of docs/time.md, for {fast_card}."
     says += f" Not validated: {reason}." if reason else " Of measured speeds, 80 % lie in the interval."
-    return Line("time", value, (), says, "computed", f"not validated: {reason}" if reason else "measured speeds")
+    return Line("time", value, says, evidence=f"not validated: {reason}" if reason else "measured speeds")
 
 
 SHARDED: tuple[tuple[str, dict[str, str], float], ...] = (

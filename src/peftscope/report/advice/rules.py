@@ -8,13 +8,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from peftscope.claims.stored import read_findings
 from peftscope.claims.verdict import Verdict
-from peftscope.errors import InputError
-from peftscope.files.content import read_yaml
-from peftscope.files.problems import dotted, problems_of
+from peftscope.files.content import Strict, read_yaml
+from peftscope.files.problems import validated
 from peftscope.layout import ADVICE_FILE, CLAIMS_RESULTS, PACKAGED, PUBLISHED_RESULTS, REPOSITORY, shipped
 from peftscope.words import counted
 
@@ -54,7 +53,7 @@ class Standing(IntEnum):
     REFUTED = 5
 
 
-class Grounds(BaseModel):
+class Grounds(Strict):
     """What a recommendation says, and what it rests on.
 
     Attributes:
@@ -65,8 +64,6 @@ class Grounds(BaseModel):
         reaches_billions: The parameters, in billions, of the largest model in these papers.
         computed: Whether arithmetic alone decides.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     says: str
     claims: list[str] = []
@@ -157,13 +154,10 @@ class Rule(Grounds):
 
     def is_for(self, facts: Mapping[str, Any]) -> bool:
         """Returns whether the whole condition holds in a situation."""
-        for name, meant in self.when.items():
-            if isinstance(meant, tuple):
-                if not meant[0] <= facts[name] <= meant[1]:
-                    return False
-            elif facts[name] not in meant:
-                return False
-        return True
+        return all(
+            meant[0] <= facts[name] <= meant[1] if isinstance(meant, tuple) else facts[name] in meant
+            for name, meant in self.when.items()
+        )
 
 
 class Change(Grounds):
@@ -182,24 +176,18 @@ class Change(Grounds):
     rank: int | None = None
 
 
-class Rules(BaseModel):
+class Rules(Strict):
     """All rules and changes of the advice."""
-
-    model_config = ConfigDict(extra="forbid")
 
     rules: list[Rule]
     changes: list[Change]
 
     def rule(self, setting: Setting, facts: Mapping[str, Any], findings: Findings) -> Rule | None:
         """Returns the first rule of a setting whose condition holds and of which no claim is refuted."""
-        return next(
-            (
-                rule
-                for rule in self.rules
-                if rule.setting == setting and rule.is_for(facts) and rule.standing(findings) is not Standing.REFUTED
-            ),
-            None,
-        )
+        for rule in self.rules:
+            if rule.setting == setting and rule.is_for(facts) and rule.standing(findings) is not Standing.REFUTED:
+                return rule
+        return None
 
     def change(self, name: str) -> Change:
         """Returns the change with a name."""
@@ -216,10 +204,7 @@ def read_rules(path: Path | None = None) -> Rules:
     """
     path = path or shipped(ADVICE_FILE)
     names = {*Rule.model_fields, *Change.model_fields, *Rules.model_fields, *get_args(Fact)}
-    try:
-        return Rules.model_validate(read_yaml(path))
-    except ValidationError as error:
-        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", names)) from None
+    return validated(Rules, read_yaml(path), path, names)
 
 
 def known_findings(path: Path | None = None) -> tuple[dict[str, dict[str, Any]], str]:

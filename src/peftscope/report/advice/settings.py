@@ -110,20 +110,20 @@ class Line:
     Attributes:
         setting: What it is about.
         value: The value to take or to start from.
-        choice: The values among which the evidence leaves the choice; empty if it says one.
         says: The reason.
         standing: What it rests on, in one word.
         evidence: The claims, studies and papers, and how far they carry.
+        choice: The values among which the evidence leaves the choice; empty if it says one.
         claims: The ids of the claims that are named.
         rests_on: The worlds in which the recommendation was tested, and papers, in few words.
     """
 
     setting: str
     value: Any
-    choice: tuple[Any, ...]
     says: str
-    standing: str
-    evidence: str
+    standing: str = "computed"
+    evidence: str = "computed"
+    choice: tuple[Any, ...] = ()
     claims: tuple[str, ...] = ()
     rests_on: tuple[str, ...] = ()
 
@@ -167,11 +167,9 @@ class Settings:
 def settings_for(method: str, situation: Situation, rules: Rules, findings: Findings) -> Settings:
     """Returns what the rules say about one method in a situation."""
     lines: dict[str, Line] = {}
-    names = {rule.setting for rule in rules.rules}
-    if METHODS[method].trains_base:
-        names -= {"rank", "targets", "alpha", "dropout"}
-    for name in dict.fromkeys(rule.setting for rule in rules.rules):
-        rule = rules.rule(name, situation.facts(method), findings) if name in names else None
+    without = {"rank", "targets", "alpha", "dropout"} if METHODS[method].trains_base else ()
+    for name in dict.fromkeys(rule.setting for rule in rules.rules if rule.setting not in without):
+        rule = rules.rule(name, situation.facts(method), findings)
         if rule is None:
             continue
         standing = rule.standing(findings)
@@ -180,10 +178,10 @@ def settings_for(method: str, situation: Situation, rules: Rules, findings: Find
         lines[name] = Line(
             name,
             _resolved(rule.value, situation, name),
-            () if decided or len(choice) == 1 else choice,
             rule.says,
             standing.name.lower(),
             rule.evidence(findings, situation.billions),
+            () if decided or len(choice) == 1 else choice,
             (*rule.claims, *rule.against),
             rule.rests_on(findings, situation.billions),
         )
