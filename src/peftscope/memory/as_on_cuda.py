@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -71,16 +71,27 @@ class _LigerLoss(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-def fuse_loss(model: torch.nn.Module, loss_function: Any) -> None:
-    """Replaces head and loss by Liger's in training."""
+def fuse_loss(model: torch.nn.Module, loss_function: Any, chunked: Callable[..., torch.Tensor] | None) -> None:
+    """Replaces head and loss: by Liger's in training, or by one that is chunked, as TRL's is in evaluation, too."""
     head: Any = model.get_output_embeddings()
     project = head.forward
-    head.forward = lambda x: x if model.training else project(x)
+    config: Any = model.config
+    if chunked and getattr(config, "final_logit_softcapping", None):
+        config.final_logit_softcapping = None  # its kernel does it in place
+
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return chunked(rows[torch.arange(len(rows))], head.weight) if chunked else _LigerLoss.apply(rows, head.weight)
+
+    def take(x: torch.Tensor) -> torch.Tensor:
+        if model.training:
+            return x
+        return loss_of(x).view(*x.shape[:-1], 1) if chunked else project(x)
 
     def fused(logits: torch.Tensor, labels: Any, vocab_size: int, num_items_in_batch: Any, **_: Any) -> torch.Tensor:
-        return _LigerLoss.apply(logits.view(-1, logits.shape[-1]), head.weight) / num_items_in_batch
+        return loss_of(logits).sum() / num_items_in_batch
 
-    loss_function._loss = fused
+    head.forward, loss_function._loss = take, fused
 
 
 def drop_as_on_cuda(model: torch.nn.Module) -> None:

@@ -126,6 +126,8 @@ def assumptions_of(question: Question) -> list[str]:
         lines.append(
             "loss=liger (stand-in): allocates what liger-kernel 0.8.5 allocates, ops/fused_linear_cross_entropy.py"
         )
+    if question.beside.loss == "chunked":
+        lines.append(f"loss=chunked, {LOGPROBS['chunked']}")
     if question.beside.loss == "cut-cross-entropy":
         lines.append("loss=cut-cross-entropy (formula only): cut-cross-entropy 25.1.1, cce.py and cce_backward.py")
     if question.saved:

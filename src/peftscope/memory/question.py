@@ -295,12 +295,12 @@ def _check_model(model: Model, spec: RunSpec) -> None:
 FUSED_EXPERTS = "experts are fused parameters, whose adapters are not modelled; use all-linear, or name attention's"
 
 SCALED_LOGITS = ("gemma2", "granite")
-"""Families whose logits are scaled or capped after the head, which the fused losses here do not do."""
+"""Families whose logits are scaled or capped after the head, which Liger's loss and cut cross-entropy here do not do."""
 
 
 def _check_loss(model: Model, loss: str) -> None:
     family = model.config["model_type"]
-    if loss != "plain" and family in SCALED_LOGITS:
+    if loss not in ("plain", "chunked") and family in SCALED_LOGITS:
         raise InputError(Problem("loss", f"{loss} is not modelled for {family}, which changes its logits", "use plain"))
 
 
