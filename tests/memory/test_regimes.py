@@ -113,11 +113,8 @@ def test_closed_form_and_simulation_agree_in_every_regime(regime: str) -> None:
     name, layers, options = REGIMES_OF_STEPS[regime]
     question = asked(name, layers, **{"batch_size": 2, "seq_len": 256, **options})
     assert off(question) < 0.005
-    for loss, said in (
-        ("packing", "SDPA without a mask stands in"),
-        ("liger", "loss=liger (stand-in)"),
-        ("chunked", "loss=chunked"),
-    ):
+    lines = {"packing": "SDPA without a mask stands in", "liger": "loss=liger (stand-in)", "chunked": "loss=chunked"}
+    for loss, said in lines.items():
         assert any(said in line for line in assumptions_of(question)) == regime.startswith(loss)
 
 

@@ -268,8 +268,11 @@ def test_stage_two_of_deepspeed_has_buffers_of_its_own(tmp_path: Path, zero: dic
     assert (found.gpus, found.beside.sharding, found.beside.reduce_bucket) == (4, "zero2", bucket)
     assert found.beside.offload == ("optimizer" if "offload_optimizer" in zero else "none")
     assert question(tmp_path, FILES["TRL"] | {"accelerate_config": "zero2"}, gpus=2).beside.sharding == "zero2"
-    file["deepspeed"]["zero_optimization"]["reduce_bucket_size"] = "many"
+    assert found.spec.method.adapter_dtype == "base"  # DeepSpeed casts the whole module
+    file["deepspeed"]["zero_optimization"]["reduce_bucket_size"] = "many" if bucket else True
     assert "reduce_bucket_size must be a number" in complaint(tmp_path, file)
+    file["deepspeed"]["zero_optimization"] = {"stage": 2, "contiguous_gradients": False}
+    assert "contiguous_gradients: false may change memory" in read(tmp_path, file).not_modelled[0]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from peftscope.memory.base import Model
 from peftscope.memory.question import ask
 from peftscope.models.presets import PRESETS
 from peftscope.sizing import changes
-from peftscope.sizing.changes import Asked, remedies_of
+from peftscope.sizing.changes import Asked, Remedy, remedies_of
+from peftscope.sizing.config_file import question_of, read_config
 from peftscope.sizing.needs import Needs
 
 SHAPE = PRESETS["smollm2-135m"].shape.model_copy(update={"num_layers": 2})
@@ -60,6 +61,18 @@ def test_options_of_a_remedy_are_given_to_the_command(peftscope: Command) -> Non
             assert batch * more == 8
         after = peftscope(*asked, *words, "--gpu", "6GiB")[1]
         assert "fits on" in after and f"device     {peak.rstrip(')')}" in after
+
+
+def test_torchtune_changes_its_builder_and_its_optimizer(tmp_path: Path) -> None:
+    path, builder = tmp_path / "train.yaml", "torchtune.models.llama3_1.lora_llama3_1_8b"
+    tune = {"tokenizer": {"max_seq_len": 512}, "optimizer": {"_component_": "torch.optim.AdamW", "fused": True}}
+    path.write_text(yaml.safe_dump(tune | {"model": {"_component_": builder, "lora_attn_modules": ["q_proj"]}}))
+    reading = read_config(path, {})
+    values = Asked(question := question_of(reading, gpus=None), {}, reading=reading).values()
+    (optimizer,), (method,) = values["optimizer"], values["method"]
+    assert str(Remedy(optimizer, "yes", 1)).startswith("optimizer._component_: bitsandbytes.optim.AdamW8bit, no opt")
+    after = Asked(question, {}, reading=reading).with_changes(optimizer | method).spec
+    assert (after.optimizer, after.method.name) == ("adamw_8bit", "qlora")
 
 
 def test_the_command_line_decides_before_the_file(peftscope: Command, tmp_path: Path) -> None:

@@ -64,10 +64,10 @@ def show_headroom(gpu: Gpu, least_bytes: int, device_bytes: int, console: Consol
         console.print(f"[green]fits[/] on {size}: {spoken_bytes(left)} are left")
 
 
-def show_remedies(remedies: Iterable[Remedy | str], console: Console) -> None:
+def show_remedies(remedies: Iterable[Remedy | str], console: Console, lead: str = "fits with") -> None:
     """Prints what to change so that a run fits, one line each, with the peak after it."""
     for number, remedy in enumerate(remedies):
-        console.print(f"{'or' if number else 'fits with'}: {remedy}", markup=False, soft_wrap=True)
+        console.print(f"{'or' if number else lead}: {remedy}", markup=False, soft_wrap=True)
 
 
 def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) -> None:
@@ -270,7 +270,7 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
 
 def show_lengths(answer: LengthsAnswer, console: Console) -> None:
     """Prints what batches as wide as the items of a data set take, and the widest batch that fits on the card."""
-    rows = counted(answer.batch_size, "row")
+    rows = counted(answer.batch_size, answer.batch_of)
     console.print(f"[bold]{answer.model}, {answer.method}[/]: batches of {rows}, closed form")
     cut = f"; {answer.cut_items:,} were cut to {answer.quantiles[-1].width:,} tokens" if answer.cut_items else ""
     console.print(f"{counted(answer.items, 'item')}{cut}")

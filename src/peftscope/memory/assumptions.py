@@ -14,7 +14,7 @@ from peftscope.memory.formula.states import OTHER_OPTIMIZERS
 from peftscope.memory.question import Question
 from peftscope.memory.trace import Block
 from peftscope.spec import RunSpec
-from peftscope.words import MIB, spoken_bytes
+from peftscope.words import MIB, counted, spoken_bytes
 
 
 @cache
@@ -76,7 +76,9 @@ def _loss(question: Question) -> list[str]:
             else f"loss_path=response_only: logits of {responses}"
         ]
     job = JOBS[beside.job]
-    lines = [f"job={beside.job}: batch_size counts {job.items}; {question.rows} rows in the pass of the loss"]
+    lines = [
+        f"job={beside.job}: batch_size counts {job.items}; {counted(question.rows, 'row')} in the pass of the loss"
+    ]
     lines += [] if job.drops else ["dropout=0: TRL's disable_dropout"]
     if beside.reference and beside.logprobs:
         lines.append(f"logprobs={beside.logprobs}, {LOGPROBS[beside.logprobs]}; answers have {responses}")

@@ -295,7 +295,7 @@ def _check_model(model: Model, spec: RunSpec) -> None:
 FUSED_EXPERTS = "experts are fused parameters, whose adapters are not modelled; use all-linear, or name attention's"
 
 SCALED_LOGITS = ("gemma2", "granite")
-"""Families whose logits are scaled or capped after the head, which Liger's loss and cut cross-entropy here do not do."""
+"""Families whose logits are scaled or capped after the head, which Liger's loss and CCE here do not do."""
 
 
 def _check_loss(model: Model, loss: str) -> None:

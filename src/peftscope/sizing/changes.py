@@ -135,7 +135,8 @@ class Remedy:
     @property
     def words(self) -> str:
         """The changes as they are written in the file or given to the command."""
-        keys = ", ".join(f"{key}: {_yaml(value)}" for key, value in self.changes.items() if not key.startswith("--"))
+        own = {key: value for key, value in self.changes.items() if not key.startswith("--")}
+        keys = ", ".join(f"no {key}" if value is None else f"{key}: {_yaml(value)}" for key, value in own.items())
         options = [(key, value) for key, value in self.changes.items() if key.startswith("--")]
         given = " ".join(key if value is True else f"{key} {value}" for key, value in options)
         return ", and ".join(filter(None, (keys, given)))
@@ -213,19 +214,32 @@ class Asked:
     def _worded(self, part: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a part as the file's keys, or as options where the command line decides or the file has no key."""
         reading, by_command = self.reading, any(self.given.get(name) is not None for name in part)
-        if reading is None or not part.keys() <= self.keys.keys() or by_command:
-            return {f"--{name.replace('_', '-')}": value for name, value in part.items()}
         names = [*part, *(["adapter"] if "method" in part and self.question.spec.method.trains_base else [])]
+        if reading is None or not {*names} <= self.keys.keys() or by_command:
+            return {f"--{name.replace('_', '-')}": value for name, value in part.items()}
         changes: dict[str, Any] = {}
         for name in names:
             for key, value in self.keys.get(name, {}).items():
                 if value is OWN:
                     changes[reading.keys.get(name, key)] = part[name]
+                elif callable(value):
+                    changes[key] = value(reading.values[key])
+                elif value is None and key not in reading.values:
+                    continue
                 elif isinstance(value, list):
                     changes[key] = [*(reading.values.get(key) or []), *value]
                 else:
                     changes[key] = value
         return changes
+
+
+def untested(asked: Asked, fits: Fits) -> str:
+    """Returns what to say where no remedy was found; of a run without a closed form, what nobody tried."""
+    if asked.question.has_closed_form:
+        return NOTHING if fits == "no" else ""
+    values = asked.values()
+    first = [Remedy(values[step][0], fits, 0).words for step in (*FREE, "optimizer", "method") if values[step]]
+    return f"{', or '.join(first[:MOST]) or NOTHING} (not tried: each takes a simulation)"
 
 
 @without_collector()

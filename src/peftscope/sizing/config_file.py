@@ -155,7 +155,8 @@ def _model_of(reading: Reading) -> Model:
     except InputError as error:
         remedy = f"or give a preset or a config.json first: peftscope memory MODEL --config {reading.path}"
         problems: Iterable[Problem] = (
-            replace(p, where=f"{reading.path}: {key}", remedy=f"{p.remedy}; {remedy}") for p in error.problems
+            replace(p, where=p.where.replace("model", f"{reading.path}: {key}", 1), remedy=f"{p.remedy}; {remedy}")
+            for p in error.problems
         )
         raise InputError(problems if key != "model" else error.problems) from None
     if same := model.variant_of:

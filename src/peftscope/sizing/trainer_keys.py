@@ -254,9 +254,7 @@ def read_trl_precision(reading: Reading, row: Row) -> None:
     weights, four_bit = reading.get("dtype", "torch_dtype"), reading.options["method"] == "qlora"
     half = read_half(reading, row.source)
     if weights is None and not four_bit:
-        reading.assumed.append(
-            "weights in fp32: dtype of TRL 1.16.0, trainer/model_config.py:89; --precision bf16 if not"
-        )
+        reading.assumed.append("weights in fp32: TRL 1.16.0, trainer/model_config.py:89; --precision bf16 if not")
     narrow = four_bit or weights in ("bfloat16", "float16", "auto")
     set_precision(reading, "trl", narrow=narrow, half=half, mixed=half)
     reading.assumed.append(f"the defaults of {REGIMES['trl'].version}: {REGIMES['trl'].beside}")

@@ -49,6 +49,8 @@ TORCHTUNE_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
     "torch.optim.AdamW": ("adamw", "foreach"),
     "torch.optim.SGD": ("sgd", "foreach"),
     "bitsandbytes.optim.AdamW8bit": ("adamw_8bit", None),
+    "torchao.optim.AdamW8bit": ("adamw_8bit", None),
+    "torchao.prototype.low_bit_optim.AdamW8bit": ("adamw_8bit", None),
     "bitsandbytes.optim.PagedAdamW": ("paged_adamw", None),
     "bitsandbytes.optim.PagedAdamW8bit": ("paged_adamw_8bit", None),
 }
@@ -341,11 +343,14 @@ REMEDIES: dict[str, dict[str, dict[str, Any]]] = {
         "batch_size": {"batch_size": OWN},
         "eval_batch_size": {"batch_size_val": OWN},
         "checkpointing": {"enable_activation_checkpointing": True},
+        "optimizer": {"optimizer._component_": "bitsandbytes.optim.AdamW8bit", "optimizer.fused": None},
+        "method": {"model._component_": lambda builder: builder.replace(".lora_", ".qlora_")},
         "seq_len": {"tokenizer.max_seq_len": OWN},
     },
 }
 """The keys with which a remedy changes an option; ``adapter`` are those that give a fully trained base an adapter. A
-list is appended to that of the file. Options that a trainer lacks here are changed on the command line."""
+list is appended to that of the file, a function changes the file's value, and None takes a key out. Options that a
+trainer lacks here are changed on the command line."""
 
 
 def recognise(path: Path, content: dict[str, Any]) -> tuple[str, tuple[Row, ...]]:

@@ -8,7 +8,6 @@ from peftscope.memory.formula.decoder import keep_positions
 from peftscope.memory.formula.linear import TapedModel
 from peftscope.memory.tape import Gradients, Shaped
 
-
 ALSO_IN_EVALUATION = ("chunked", "cut-cross-entropy")
 """Losses that an evaluation takes, too; with Liger's it computes logits.
 
