@@ -270,8 +270,7 @@ def memory_command(
         if card:
             show_headroom(card, answer.least_device_bytes, answer.peak_device_bytes, console)
             show_time(time, card, console)
-        lead = "fits with" if remedies or question.has_closed_form else "try"
-        show_remedies(remedies or filter(None, [left]), console, lead)
+        show_remedies(remedies or filter(None, [left]), console)
     if reading and fits == "no":
         raise typer.Exit(1)
 

@@ -64,10 +64,10 @@ def show_headroom(gpu: Gpu, least_bytes: int, device_bytes: int, console: Consol
         console.print(f"[green]fits[/] on {size}: {spoken_bytes(left)} are left")
 
 
-def show_remedies(remedies: Iterable[Remedy | str], console: Console, lead: str = "fits with") -> None:
+def show_remedies(remedies: Iterable[Remedy | str], console: Console) -> None:
     """Prints what to change so that a run fits, one line each, with the peak after it."""
     for number, remedy in enumerate(remedies):
-        console.print(f"{'or' if number else lead}: {remedy}", markup=False, soft_wrap=True)
+        console.print(f"{'or' if number else 'fits with'}: {remedy}", markup=False, soft_wrap=True)
 
 
 def show_answer(answer: Answer, console: Console, *, explain: bool, depth: int) -> None:

@@ -71,27 +71,24 @@ class _LigerLoss(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-def fuse_loss(model: torch.nn.Module, loss_function: Any, chunked: Callable[..., torch.Tensor] | None) -> None:
+def fuse_loss(model: Any, loss_function: Any, chunked: Callable[..., torch.Tensor] | None) -> None:
     """Replaces head and loss: by Liger's in training, or by one that is chunked, as TRL's is in evaluation, too."""
-    head: Any = model.get_output_embeddings()
+    head = model.get_output_embeddings()
     project = head.forward
-    config: Any = model.config
-    if chunked and getattr(config, "final_logit_softcapping", None):
-        config.final_logit_softcapping = None  # its kernel does it in place
+    if chunked:
+        model.config.final_logit_softcapping = None  # its kernel does it in place
 
     def loss_of(x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         return chunked(rows[torch.arange(len(rows))], head.weight) if chunked else _LigerLoss.apply(rows, head.weight)
 
     def take(x: torch.Tensor) -> torch.Tensor:
-        if model.training:
-            return x
-        return loss_of(x).view(*x.shape[:-1], 1) if chunked else project(x)
+        if chunked and not model.training:
+            return loss_of(x).view(*x.shape[:-1], 1)
+        return x if model.training else project(x)
 
-    def fused(logits: torch.Tensor, labels: Any, vocab_size: int, num_items_in_batch: Any, **_: Any) -> torch.Tensor:
-        return loss_of(logits).sum() / num_items_in_batch
-
-    head.forward, loss_function._loss = take, fused
+    head.forward = take
+    loss_function._loss = lambda x, labels, vocab_size, num_items_in_batch, **_: loss_of(x).sum() / num_items_in_batch
 
 
 def drop_as_on_cuda(model: torch.nn.Module) -> None:

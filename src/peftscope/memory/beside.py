@@ -67,10 +67,7 @@ class Beside(BaseModel):
     ] = "some"
     loss: Annotated[
         Literal["plain", "liger", "chunked", "cut-cross-entropy"],
-        Field(
-            description="implementation of the loss: transformers', or one that never holds the logits of all tokens; "
-            "chunked is TRL's since 1.15"
-        ),
+        Field(description="the loss: transformers', or one that never holds all logits; chunked: TRL's since 1.15"),
     ] = "plain"
     modules_to_save: Annotated[
         tuple[Literal["embed_tokens", "lm_head"], ...],

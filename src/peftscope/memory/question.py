@@ -251,7 +251,7 @@ def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
 def _problems(error: ValidationError) -> list[Problem]:
     problems = []
     for item in error.errors():
-        names = [str(part) for part in item["loc"] if part not in ("method", *METHODS)]
+        names = [str(part).replace("as_trainer", "as") for part in item["loc"] if part not in ("method", *METHODS)]
         where = ".".join(names) or "options"
         got = "" if isinstance(item["input"], dict | list) or not names else f" (got {shown(item['input'])})"
         problems.append(Problem(where, item["msg"].removeprefix("Value error, ") + got))

@@ -202,7 +202,8 @@ class Asked:
         beside, scaled = question.beside, question.model.config["model_type"] in SCALED_LOGITS
         own = self.reading is None and beside.as_trainer is None  # a trainer's release computes them in one way
         loss = {"logprobs": "chunked"} if own and beside.logprobs == "full" else {}
-        if beside.job == "sft" and beside.loss == "plain" and not scaled:
+        offered = "loss" in self.keys or not (self.keys or beside.as_trainer == "torchtune")
+        if beside.job == "sft" and beside.loss == "plain" and offered and not scaled:
             loss = {"loss": "liger"}
         reference = {"reference": "precomputed"} if beside.reference == "copy" and beside.job != "grpo" else {}
         packs = "quantize_moe_experts" in self.keys or self.reading is None
@@ -220,16 +221,12 @@ class Asked:
         changes: dict[str, Any] = {}
         for name in names:
             for key, value in self.keys.get(name, {}).items():
+                before = reading.values.get(key)
                 if value is OWN:
                     changes[reading.keys.get(name, key)] = part[name]
-                elif callable(value):
-                    changes[key] = value(reading.values[key])
-                elif value is None and key not in reading.values:
-                    continue
-                elif isinstance(value, list):
-                    changes[key] = [*(reading.values.get(key) or []), *value]
-                else:
-                    changes[key] = value
+                elif value is not None or before is not None:
+                    longer = [*(before or []), *value] if isinstance(value, list) else value
+                    changes[key] = value(before) if callable(value) else longer
         return changes
 
 
@@ -239,7 +236,7 @@ def untested(asked: Asked, fits: Fits) -> str:
         return NOTHING if fits == "no" else ""
     values = asked.values()
     first = [Remedy(values[step][0], fits, 0).words for step in (*FREE, "optimizer", "method") if values[step]]
-    return f"{', or '.join(first[:MOST]) or NOTHING} (not tried: each takes a simulation)"
+    return f"perhaps {', or '.join(first[:MOST]) or NOTHING} (not tried: each takes a simulation)"
 
 
 @without_collector()
