@@ -129,10 +129,7 @@ def test_a_saving_that_is_not_modelled_is_said(tmp_path: Path) -> None:
     assert any(line.startswith("loss=chunked: TRL 1.16.0") for line in read(tmp_path, FILES["TRL"]).assumed)
 
 
-FUSED = {
-    "LLaMA-Factory": ("enable_liger_kernel", "liger"),
-    "axolotl": ("cut_cross_entropy", "cut-cross-entropy"),
-}
+FUSED = {"LLaMA-Factory": ("enable_liger_kernel", "liger"), "axolotl": ("cut_cross_entropy", "cut-cross-entropy")}
 
 
 @pytest.mark.parametrize("trainer", FUSED)
@@ -151,12 +148,8 @@ def test_a_fused_loss_that_a_family_cannot_have_is_said(tmp_path: Path) -> None:
     assert "not modelled for gemma2" in readings["LLaMA-Factory"].not_modelled[-1]
 
 
-SAVED = {
-    "axolotl": "lora_modules_to_save",
-    "LLaMA-Factory": "additional_target",
-    "alignment-handbook": "lora_modules_to_save",
-    "PEFT": "modules_to_save",
-}
+SAVED = dict.fromkeys(("axolotl", "alignment-handbook"), "lora_modules_to_save")
+SAVED |= {"LLaMA-Factory": "additional_target", "PEFT": "modules_to_save"}
 
 
 @pytest.mark.parametrize("trainer", SAVED)
