@@ -45,7 +45,8 @@ REGIMES: dict[Trainer, Regime] = {
             "loss": ("chunked", "trl/trainer/sft_trainer.py:1144: add_fused_lm_head"),
             **_HUGGING_FACE,
         },
-        "before 1.15, all logits: --loss plain, or --logprobs full; up to 0.24, norms in fp32: --kbit-preparation trl",
+        "before 1.15, all logits: --loss plain, or --logprobs full; up to 0.24 also --kbit-preparation trl, and "
+        "--adapter-dtype fp32",
     ),
     "axolotl": Regime(
         "axolotl 0.19.0",
