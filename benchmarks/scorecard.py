@@ -41,7 +41,7 @@ def score(points: list[Point]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Returns all predictions, one row for each point, and the estimators of others with their versions."""
     apart = ("resident", "device")  # of other jobs than supervised fine-tuning, few other figures are published
     asked = [point for point in points if point.asked and (point.kind not in apart or "job" in point.asked)]
-    tuned = [point for point in asked if "job" not in point.asked]
+    tuned = [point for point in asked if "job" not in point.asked and point.gpu]  # others want to know the card
     predicted: dict[str, dict[str, int | str]] = {name: {} for name in OURS}
     for point in track(asked, console=Console(stderr=True), description="ours"):
         predicted["closed form"][point.id] = by_formula(point)

@@ -100,6 +100,7 @@ REGIMES_OF_STEPS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "packing": ("qwen2.5-0.5b", 2, {**FLASH, "packing": True, "loss_path": "hf", "seq_len": 512}),
     "liger": ("llama-3.2-1b", 2, {"loss": "liger", "seq_len": 512}),
     "liger, full": ("llama-3.2-1b", 2, {"loss": "liger", "method": "full", "precision": "amp", "seq_len": 512}),
+    "chunked": ("gemma-2-2b", 2, {"loss": "chunked", "method": "full", "precision": "amp", "evaluation": True}),
     "liger, the field's": ("llama-3.2-1b", 2, {"loss": "liger", "seq_len": 512, **FIELD}),
 }
 """Other settings than those of random runs, which test_simulate.py compares: models, layers and options."""
@@ -188,7 +189,7 @@ def test_a_fused_loss_holds_no_logits_of_all_positions() -> None:
     run = {"method": "lora", "batch_size": 4, "seq_len": 2048, "checkpointing": True}
     plain, *fused = (
         answer_by_formula(asked("llama-3.2-1b", 2, loss=loss, **run))
-        for loss in ("plain", "liger", "cut-cross-entropy")
+        for loss in ("plain", "liger", "chunked", "cut-cross-entropy")
     )
     every = 4 * 4 * 2048 * PRESETS["llama-3.2-1b"].shape.vocab_size
     assert all(answer.phases["backward"] < plain.phases["backward"] - 2 * every for answer in fused)

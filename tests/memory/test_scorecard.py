@@ -95,6 +95,7 @@ REPRODUCED = (
     "fms-mistral-7b-lora-b4-allocated",
     "canifinetune-qwen2.5-1.5b-qlora-b1-s1024-allocated",
     "canifinetune-qwen2.5-0.5b-lora-b1-s1024-reserved",
+    "fms-llama-3-8b-foak-fast-kernels-liger-lora-b8-allocated",
 )
 
 

@@ -63,7 +63,7 @@ TRL:
 alignment-handbook:
   [mistral-7b, {method: qlora, rank: 16, alpha: 32, dropout: 0.05, targets: [q_proj, v_proj],
     double_quant: false, batch_size: 4, eval_batch_size: 2, seq_len: 2048, checkpointing: true,
-    attention: flash_attention_2, optimizer_implementation: fused, autocast: true, kbit_preparation: trl,
+    attention: flash_attention_2, optimizer_implementation: fused, autocast: true, adapter_dtype: base,
     keep_logits: false}]
 torchtune:
   [llama-3.1-8b, {method: qlora, adapter_dtype: base, batch_size: 2, eval_batch_size: 2, seq_len: 1024,
@@ -124,18 +124,12 @@ def test_flash_attention_packs_without_a_mask_and_sdpa_with_one(tmp_path: Path) 
 
 def test_a_saving_that_is_not_modelled_is_said(tmp_path: Path) -> None:
     assert "loss._component_" in read(tmp_path, FILES["torchtune"]).not_modelled[0]
-    assert not read(tmp_path, FILES["TRL"] | {"use_liger_kernel": False}).not_modelled
-    assert any("TRL 1.16 " in line for line in read(tmp_path, FILES["TRL"]).assumed)
-    assert (
-        "use_liger_kernel: Liger's norms" in read(tmp_path, FILES["TRL"] | {"use_liger_kernel": True}).not_modelled[0]
-    )
+    off, on = (read(tmp_path, FILES["TRL"] | {"use_liger_kernel": on}).not_modelled for on in (False, True))
+    assert not off and "use_liger_kernel: Liger's norms" in on[0]
+    assert any(line.startswith("loss=chunked: TRL 1.16.0") for line in read(tmp_path, FILES["TRL"]).assumed)
 
 
-FUSED = {
-    "TRL": ("use_liger_kernel", "liger"),
-    "LLaMA-Factory": ("enable_liger_kernel", "liger"),
-    "axolotl": ("cut_cross_entropy", "cut-cross-entropy"),
-}
+FUSED = {"LLaMA-Factory": ("enable_liger_kernel", "liger"), "axolotl": ("cut_cross_entropy", "cut-cross-entropy")}
 
 
 @pytest.mark.parametrize("trainer", FUSED)
@@ -147,17 +141,15 @@ def test_a_fused_loss_is_asked_about(trainer: str, tmp_path: Path) -> None:
 
 
 def test_a_fused_loss_that_a_family_cannot_have_is_said(tmp_path: Path) -> None:
-    reading = read(tmp_path, FILES["TRL"] | {"use_liger_kernel": True, "model_name_or_path": "google/gemma-2-2b"})
-    assert question_of(reading, gpus=None).beside.loss == "plain"
-    assert "not modelled for gemma2" in reading.not_modelled[-1]
+    gemma = {"use_liger_kernel": True, "model_name_or_path": "google/gemma-2-2b"}
+    readings = {trainer: read(tmp_path, FILES[trainer] | gemma) for trainer in ("LLaMA-Factory", "TRL")}
+    losses = [question_of(reading, gpus=None).beside.loss for reading in readings.values()]
+    assert losses == ["plain", "chunked"]  # TRL's own, whatever Liger's key says
+    assert "not modelled for gemma2" in readings["LLaMA-Factory"].not_modelled[-1]
 
 
-SAVED = {
-    "axolotl": "lora_modules_to_save",
-    "LLaMA-Factory": "additional_target",
-    "alignment-handbook": "lora_modules_to_save",
-    "PEFT": "modules_to_save",
-}
+SAVED = dict.fromkeys(("axolotl", "alignment-handbook"), "lora_modules_to_save")
+SAVED |= {"LLaMA-Factory": "additional_target", "PEFT": "modules_to_save"}
 
 
 @pytest.mark.parametrize("trainer", SAVED)
@@ -265,10 +257,13 @@ def test_stage_two_of_deepspeed_has_buffers_of_its_own(tmp_path: Path, zero: dic
     file = FILES["LLaMA-Factory"] | {"deepspeed": {"zero_optimization": {"stage": 2, **zero}}}
     found = question(tmp_path, file, gpus=4)
     assert (found.gpus, found.beside.sharding, found.beside.reduce_bucket) == (4, "zero2", bucket)
+    assert found.spec.method.adapter_dtype == "base"  # DeepSpeed casts the whole module
     assert found.beside.offload == ("optimizer" if "offload_optimizer" in zero else "none")
     assert question(tmp_path, FILES["TRL"] | {"accelerate_config": "zero2"}, gpus=2).beside.sharding == "zero2"
-    file["deepspeed"]["zero_optimization"]["reduce_bucket_size"] = "many"
+    file["deepspeed"]["zero_optimization"]["reduce_bucket_size"] = "many" if bucket else True
     assert "reduce_bucket_size must be a number" in complaint(tmp_path, file)
+    file["deepspeed"]["zero_optimization"] = {"stage": 2, "contiguous_gradients": False}
+    assert "contiguous_gradients: false may change memory" in read(tmp_path, file).not_modelled[0]
 
 
 @pytest.mark.parametrize(
@@ -404,9 +399,9 @@ def test_the_jobs_of_trl_are_read(what: str, tmp_path: Path) -> None:
 
 
 def test_what_a_job_leaves_out_is_said(tmp_path: Path) -> None:
-    reading = read(tmp_path, FILES["alignment-handbook"] | {"use_liger_kernel": True}, {"job": "dpo"})
-    said = "\n".join(reading.not_modelled)
-    assert "per_device_eval_batch_size" in said and "use_liger_kernel: loss is not modelled for dpo" in said
+    more = {"enable_liger_kernel": True, "eval_strategy": "epoch", "per_device_eval_batch_size": 2}
+    said = "\n".join(read(tmp_path, FILES["LLaMA-Factory"] | more, {"job": "dpo"}).not_modelled)
+    assert "per_device_eval_batch_size" in said and "enable_liger_kernel: loss is not modelled for dpo" in said
     assert "the longest prompt and its completion" in complaint(tmp_path, FILES["TRL"] | {"num_generations": 8})
     odd = {"num_generations": 8, "max_completion_length": "long", "max_prompt_length": [1], "beta": "x"}
     assert question(tmp_path, FILES["TRL"] | odd, seq_len=900).responses == 512

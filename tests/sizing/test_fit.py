@@ -28,7 +28,7 @@ def test_fit_and_memory_never_contradict_each_other() -> None:
             "batch_size": draw.randint(1, 16),
             "seq_len": draw.choice((64, 300, 512)),
             "checkpointing": draw.random() < 0.5,
-            "loss": draw.choice(("plain", "liger")),
+            "loss": draw.choice(("plain", "liger", "chunked")),
             "evaluation": draw.random() < 0.3,
         }
         asked = options_of_method(method, options)

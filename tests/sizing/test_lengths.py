@@ -68,7 +68,8 @@ def test_the_widest_batch_that_fits_is_found() -> None:
 
 def test_a_data_set_that_makes_no_full_batch_has_one_of_all_its_items() -> None:
     answer = answer_lengths(question_of(), [50, 420])
-    assert answer.batch_size == 2
+    assert (answer.batch_size, answer.batch_of) == (2, "row")
+    assert answer_lengths(question_of(job="dpo"), [50, 420]).batch_of == "pair"
     assert answer.quantiles[-1].peak_allocated_bytes == peaks(2, 420).allocated_bytes
 
 

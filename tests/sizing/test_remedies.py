@@ -23,10 +23,18 @@ SHAPE = PRESETS["smollm2-135m"].shape.model_copy(update={"num_layers": 2})
 SMALL = Model("two layers", SHAPE.to_config(), SHAPE)
 
 BASE = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+TUNE = {
+    "tokenizer": {"max_seq_len": 256},
+    "enable_activation_checkpointing": True,
+    "model.lora_attn_modules": ["q_proj"],
+}
+ADAMW = {"optimizer._component_": "torch.optim.AdamW", "optimizer.fused": True, "optimizer_in_bwd": True}
 FILES: dict[str, dict[str, Any]] = {
     "axolotl": {"base_model": "Qwen/Qwen2.5-0.5B", "sequence_len": 1024, "micro_batch_size": 4, "adapter": "lora"}
     | {"lora_r": 8, "lora_target_linear": True, "gradient_accumulation_steps": 2, "val_set_size": 0.1},
     "LLaMA-Factory": BASE | {"finetuning_type": "lora", "cutoff_len": 1024, "disable_gradient_checkpointing": True},
+    "torchtune": TUNE | {"model._component_": "torchtune.models.qwen2_5.lora_qwen2_5_3b"},
+    "torchtune, all weights": TUNE | ADAMW | {"model._component_": "torchtune.models.llama3_2.llama3_2_1b"},
     "TRL": BASE | {"max_length": 1024, "gradient_checkpointing": False, "eval_strategy": "epoch"},
 }
 
@@ -34,14 +42,15 @@ FILES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("trainer", FILES)
 def test_keys_of_a_remedy_are_pasted_into_the_file(trainer: str, peftscope: Command, tmp_path: Path) -> None:
     path, changed = tmp_path / "train.yaml", tmp_path / "changed.yaml"
+    card = "7.2GiB" if "weights" in trainer else "6GiB"
     path.write_text(yaml.safe_dump(FILES[trainer]))
-    code, said, _ = peftscope("memory", "--config", str(path), "--gpu", "6GiB", "--json")
+    code, said, _ = peftscope("memory", "--config", str(path), "--gpu", card, "--json")
     remedies = json.loads(said)["remedies"]
     assert code == 1 and 1 <= len(remedies) <= 3
     for remedy in remedies:
         assert not any(key.startswith("--") for key in remedy["changes"])
         changed.write_text(yaml.safe_dump(FILES[trainer] | remedy["changes"]))
-        after = json.loads(peftscope("memory", "--config", str(changed), "--gpu", "6GiB", "--json")[1])
+        after = json.loads(peftscope("memory", "--config", str(changed), "--gpu", card, "--json")[1])
         assert after["fits"] == remedy["fits"] != "no"
         assert after["peak_device_bytes"] == remedy["peak_device_bytes"]
 

@@ -245,12 +245,13 @@ def memory_command(
     time = duration(question, schedule)
     remedies: list[Remedy] = []
     left = ""
-    if card and fits != "yes" and not simulate:
-        from peftscope.sizing.changes import NOTHING, Asked, remedies_of
+    if card and fits and fits != "yes":
+        from peftscope.sizing.changes import Asked, remedies_of, untested
         from peftscope.sizing.needs import Needs
 
-        remedies = remedies_of(Asked(question, given, response_len, gpus, reading), peaks, Needs(card))
-        left = NOTHING if fits == "no" else ""
+        asked = Asked(question, given, response_len, gpus, reading)
+        remedies = remedies_of(asked, peaks, Needs(card))
+        left = untested(asked, fits)
     if as_json:
         more: dict[str, Any] = {"config": reading.to_json()} if reading else {}
         if card:

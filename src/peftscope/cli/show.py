@@ -270,7 +270,7 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
 
 def show_lengths(answer: LengthsAnswer, console: Console) -> None:
     """Prints what batches as wide as the items of a data set take, and the widest batch that fits on the card."""
-    rows = counted(answer.batch_size, "row")
+    rows = counted(answer.batch_size, answer.batch_of)
     console.print(f"[bold]{answer.model}, {answer.method}[/]: batches of {rows}, closed form")
     cut = f"; {answer.cut_items:,} were cut to {answer.quantiles[-1].width:,} tokens" if answer.cut_items else ""
     console.print(f"{counted(answer.items, 'item')}{cut}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -71,16 +71,24 @@ class _LigerLoss(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-def fuse_loss(model: torch.nn.Module, loss_function: Any) -> None:
-    """Replaces head and loss by Liger's in training."""
-    head: Any = model.get_output_embeddings()
+def fuse_loss(model: Any, loss_function: Any, chunked: Callable[..., torch.Tensor] | None) -> None:
+    """Replaces head and loss: by Liger's in training, or by one that is chunked, as TRL's is in evaluation, too."""
+    head = model.get_output_embeddings()
     project = head.forward
-    head.forward = lambda x: x if model.training else project(x)
+    if chunked:
+        model.config.final_logit_softcapping = None  # its kernel does it in place
 
-    def fused(logits: torch.Tensor, labels: Any, vocab_size: int, num_items_in_batch: Any, **_: Any) -> torch.Tensor:
-        return _LigerLoss.apply(logits.view(-1, logits.shape[-1]), head.weight) / num_items_in_batch
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return chunked(rows[torch.arange(len(rows))], head.weight) if chunked else _LigerLoss.apply(rows, head.weight)
 
-    loss_function._loss = fused
+    def take(x: torch.Tensor) -> torch.Tensor:
+        if chunked and not model.training:
+            return loss_of(x).view(*x.shape[:-1], 1)
+        return x if model.training else project(x)
+
+    head.forward = take
+    loss_function._loss = lambda x, labels, vocab_size, num_items_in_batch, **_: loss_of(x).sum() / num_items_in_batch
 
 
 def drop_as_on_cuda(model: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ from peftscope.memory.formula.states import OTHER_OPTIMIZERS
 from peftscope.memory.question import Question
 from peftscope.memory.trace import Block
 from peftscope.spec import RunSpec
-from peftscope.words import MIB, spoken_bytes
+from peftscope.words import MIB, counted, spoken_bytes
 
 
 @cache
@@ -65,10 +65,19 @@ LOGPROBS = {
 }
 
 
+FUSED = {
+    "liger": "(stand-in): allocates what liger-kernel 0.8.5 allocates, ops/fused_linear_cross_entropy.py",
+    "chunked": LOGPROBS["chunked"],
+    "cut-cross-entropy": "(formula only): cut-cross-entropy 25.1.1, cce.py and cce_backward.py",
+}
+
+
 def _loss(question: Question) -> list[str]:
     """Returns what is assumed about the job and its loss."""
     spec, beside, responses = question.spec, question.beside, f"{question.responses} positions per sequence"
     kept = "kept until the next step as in a plain script" if spec.keeps_logits else "freed before the backward pass"
+    if beside.job == "sft" and beside.loss != "plain" and spec.loss_path == "hf":
+        return ["loss_path=hf: every position carries a loss"]
     if beside.job == "sft":
         return [
             f"loss_path=hf: logits of every position, {kept}; runs of this project compute only those of responses"
@@ -76,7 +85,9 @@ def _loss(question: Question) -> list[str]:
             else f"loss_path=response_only: logits of {responses}"
         ]
     job = JOBS[beside.job]
-    lines = [f"job={beside.job}: batch_size counts {job.items}; {question.rows} rows in the pass of the loss"]
+    lines = [
+        f"job={beside.job}: batch_size counts {job.items}; {counted(question.rows, 'row')} in the pass of the loss"
+    ]
     lines += [] if job.drops else ["dropout=0: TRL's disable_dropout"]
     if beside.reference and beside.logprobs:
         lines.append(f"logprobs={beside.logprobs}, {LOGPROBS[beside.logprobs]}; answers have {responses}")
@@ -122,12 +133,8 @@ def assumptions_of(question: Question) -> list[str]:
         lines.append(f"CUDA context of {CONTEXT_BYTES / MIB:.0f} MiB, measured on an A100; other cards differ")
     else:
         lines.append(f"CUDA context of {gpu.context_bytes / MIB:.0f} MiB, measured on this type of card")
-    if question.beside.loss == "liger":
-        lines.append(
-            "loss=liger (stand-in): allocates what liger-kernel 0.8.5 allocates, ops/fused_linear_cross_entropy.py"
-        )
-    if question.beside.loss == "cut-cross-entropy":
-        lines.append("loss=cut-cross-entropy (formula only): cut-cross-entropy 25.1.1, cce.py and cce_backward.py")
+    if question.beside.loss != "plain":
+        lines.append(f"loss={question.beside.loss} {FUSED[question.beside.loss]}")
     if question.saved:
         copies, width = " and ".join(question.saved), question.beside.modules_to_save_dtype
         lines.append(f"modules_to_save: a copy of {copies} is trained in full ({width}), and the frozen one stays")

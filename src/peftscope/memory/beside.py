@@ -66,10 +66,8 @@ class Beside(BaseModel):
         Field(description="padding in the longest batch; without any, transformers drops the mask"),
     ] = "some"
     loss: Annotated[
-        Literal["plain", "liger", "cut-cross-entropy"],
-        Field(
-            description="implementation of the loss: transformers', or one that never holds the logits of all tokens"
-        ),
+        Literal["plain", "liger", "chunked", "cut-cross-entropy"],
+        Field(description="the loss: transformers', or one that never holds all logits; chunked: TRL's since 1.15"),
     ] = "plain"
     modules_to_save: Annotated[
         tuple[Literal["embed_tokens", "lm_head"], ...],
@@ -173,7 +171,8 @@ def with_job(spec: RunSpec, beside: Beside) -> Beside:
     if beside.reference == "disabled" and method.trains_base:
         raise InputError(Problem("reference", f"{method.name} has no adapter to disable", "use copy or precomputed"))
     own = "none" if not job.references else "copy" if method.trains_base else "disabled"
-    way = "full" if beside.as_trainer else "chunked"  # the releases of trainers that were read have TRL before 1.15
+    # The releases of trainers on top of TRL that were read have TRL before 1.15.
+    way = "chunked" if beside.as_trainer in (None, "trl") else "full"
     scored = {"reference": beside.reference or own, "logprobs": beside.logprobs or way}
     return beside.model_copy(update=scored if job.scored else {})
 

@@ -251,7 +251,7 @@ def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
 def _problems(error: ValidationError) -> list[Problem]:
     problems = []
     for item in error.errors():
-        names = [str(part) for part in item["loc"] if part not in ("method", *METHODS)]
+        names = [str(part).replace("as_trainer", "as") for part in item["loc"] if part not in ("method", *METHODS)]
         where = ".".join(names) or "options"
         got = "" if isinstance(item["input"], dict | list) or not names else f" (got {shown(item['input'])})"
         problems.append(Problem(where, item["msg"].removeprefix("Value error, ") + got))
@@ -295,12 +295,12 @@ def _check_model(model: Model, spec: RunSpec) -> None:
 FUSED_EXPERTS = "experts are fused parameters, whose adapters are not modelled; use all-linear, or name attention's"
 
 SCALED_LOGITS = ("gemma2", "granite")
-"""Families whose logits are scaled or capped after the head, which the fused losses here do not do."""
+"""Families whose logits are scaled or capped after the head, which Liger's loss and CCE here do not do."""
 
 
 def _check_loss(model: Model, loss: str) -> None:
     family = model.config["model_type"]
-    if loss != "plain" and family in SCALED_LOGITS:
+    if loss not in ("plain", "chunked") and family in SCALED_LOGITS:
         raise InputError(Problem("loss", f"{loss} is not modelled for {family}, which changes its logits", "use plain"))
 
 

@@ -36,15 +36,17 @@ _HUGGING_FACE: dict[str, tuple[Any, str]] = {
 
 REGIMES: dict[Trainer, Regime] = {
     "trl": Regime(
-        "TRL 0.24.0",
+        "TRL 1.16.0",
         {
-            "autocast": (True, "trl/trainer/sft_config.py:261: bf16 unless fp16"),
-            "kbit_preparation": ("trl", "trl/models/utils.py:503 and 560: peft_module_casting_to_bf16"),
-            "checkpointing": (True, "trl/trainer/sft_config.py:116"),
+            "autocast": (True, "trl/trainer/base_config.py:108: bf16 unless fp16"),
+            "kbit_preparation": ("none", "trl/trainer/sft_trainer.py:870: get_peft_model alone"),
+            "adapter_dtype": ("base", "trl/trainer/sft_trainer.py:911: bf16 on a quantised base"),
+            "checkpointing": (True, "trl/trainer/base_config.py:62"),
+            "loss": ("chunked", "trl/trainer/sft_trainer.py:1144: add_fused_lm_head"),
             **_HUGGING_FACE,
-            "keep_logits": (False, "trl/trainer/sft_trainer.py:1180: compute_loss returns the loss alone"),
         },
-        "TRL 1.16 prepares nothing, has adapters in bf16 on a 4-bit base, and computes the loss over chunks of tokens",
+        "before 1.15, all logits: --loss plain, or --logprobs full; up to 0.24 also --kbit-preparation trl, and "
+        "--adapter-dtype fp32",
     ),
     "axolotl": Regime(
         "axolotl 0.19.0",
@@ -103,5 +105,8 @@ def settings_of(trainer: Trainer, method: str, given: Mapping[str, Any]) -> dict
     copies = given.get("modules_to_save") and given.get("autocast") is not False
     foreign |= set() if copies else {"modules_to_save_dtype"}
     foreign |= set() if given.get("optimizer", "adamw") in ("adamw", "sgd") else {"optimizer_implementation"}
+    foreign |= set() if given.get("job", "sft") == "sft" else {"loss"}
+    quantised = "kbit_preparation" in METHODS[method].model_fields or given.get("load_in_8bit")
+    foreign |= {"adapter_dtype"} if trainer == "trl" and not quantised else set()
     settings = REGIMES[trainer].settings
     return {name: said for name, said in settings.items() if name not in foreign and name not in given}

@@ -43,7 +43,7 @@ from peftscope.memory.probe import track_evaluation, track_steps
 from peftscope.memory.question import Question
 from peftscope.memory.trace import Block, Trace
 from peftscope.memory.tracker import MemoryTracker, quantisation_tensors, tensors_of
-from peftscope.memory.trl_loss import take_job
+from peftscope.memory.trl_loss import ChunkedLogProbs, take_job
 from peftscope.spec import RunSpec
 from peftscope.training.load import attention, training_attention
 from peftscope.training.step import TrainedModel, make_optimizer
@@ -83,8 +83,8 @@ def simulate(
         if reference:
             reference.config._attn_implementation = in_training
         take_job(trained, beside, len(batches[0].kept_positions), reference)
-    if beside.loss == "liger":
-        fuse_loss(model, trained.loss_function)
+    if beside.loss in ("liger", "chunked"):
+        fuse_loss(model, trained.loss_function, ChunkedLogProbs.apply if beside.loss == "chunked" else None)
         spec = spec.model_copy(update={"keep_logits": False})  # there are none
     # Fake tensors are CPU tensors, and autocast takes its device from the spec.
     on_cpu = spec.model_copy(update={"device": "cpu"})

@@ -19,7 +19,7 @@ from peftscope.memory.kernels import LOGPROB_COLUMNS, LOGPROB_ROWS
 from peftscope.training.step import TrainedModel
 
 
-class _ChunkedLogProbs(torch.autograd.Function):
+class ChunkedLogProbs(torch.autograd.Function):
     """Allocates what ``ChunkedLogProbFunction`` does on CUDA, where a kernel of Triton works in place on each tile.
 
     Source: TRL 1.16.0, trl/kernels/chunked_logprob.py.
@@ -86,7 +86,7 @@ def _loss_of(beside: Beside, logits: torch.Tensor, weight: torch.Tensor, respons
     """
     if beside.logprobs == "chunked":
         positions = torch.arange(logits.shape[1] - responses, logits.shape[1])
-        return _ChunkedLogProbs.apply(logits[:, positions].flatten(0, 1), weight)
+        return ChunkedLogProbs.apply(logits[:, positions].flatten(0, 1), weight)
     if beside.job == "reward":
         return logits[:, -1, 0].float()
     if beside.job != "orpo":

@@ -135,7 +135,8 @@ class Remedy:
     @property
     def words(self) -> str:
         """The changes as they are written in the file or given to the command."""
-        keys = ", ".join(f"{key}: {_yaml(value)}" for key, value in self.changes.items() if not key.startswith("--"))
+        own = {key: value for key, value in self.changes.items() if not key.startswith("--")}
+        keys = ", ".join(f"no {key}" if value is None else f"{key}: {_yaml(value)}" for key, value in own.items())
         options = [(key, value) for key, value in self.changes.items() if key.startswith("--")]
         given = " ".join(key if value is True else f"{key} {value}" for key, value in options)
         return ", and ".join(filter(None, (keys, given)))
@@ -201,7 +202,8 @@ class Asked:
         beside, scaled = question.beside, question.model.config["model_type"] in SCALED_LOGITS
         own = self.reading is None and beside.as_trainer is None  # a trainer's release computes them in one way
         loss = {"logprobs": "chunked"} if own and beside.logprobs == "full" else {}
-        if beside.job == "sft" and beside.loss == "plain" and not scaled:
+        offered = "loss" in self.keys or not (self.keys or beside.as_trainer == "torchtune")
+        if beside.job == "sft" and beside.loss == "plain" and offered and not scaled:
             loss = {"loss": "liger"}
         reference = {"reference": "precomputed"} if beside.reference == "copy" and beside.job != "grpo" else {}
         packs = "quantize_moe_experts" in self.keys or self.reading is None
@@ -213,19 +215,28 @@ class Asked:
     def _worded(self, part: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a part as the file's keys, or as options where the command line decides or the file has no key."""
         reading, by_command = self.reading, any(self.given.get(name) is not None for name in part)
-        if reading is None or not part.keys() <= self.keys.keys() or by_command:
-            return {f"--{name.replace('_', '-')}": value for name, value in part.items()}
         names = [*part, *(["adapter"] if "method" in part and self.question.spec.method.trains_base else [])]
+        if reading is None or not {*names} <= self.keys.keys() or by_command:
+            return {f"--{name.replace('_', '-')}": value for name, value in part.items()}
         changes: dict[str, Any] = {}
         for name in names:
             for key, value in self.keys.get(name, {}).items():
+                before = reading.values.get(key)
                 if value is OWN:
                     changes[reading.keys.get(name, key)] = part[name]
-                elif isinstance(value, list):
-                    changes[key] = [*(reading.values.get(key) or []), *value]
-                else:
-                    changes[key] = value
+                elif value is not None or before is not None:
+                    longer = [*(before or []), *value] if isinstance(value, list) else value
+                    changes[key] = value(before) if callable(value) else longer
         return changes
+
+
+def untested(asked: Asked, fits: Fits) -> str:
+    """Returns what to say where no remedy was found; of a run without a closed form, what nobody tried."""
+    if asked.question.has_closed_form:
+        return NOTHING if fits == "no" else ""
+    values = asked.values()
+    first = [Remedy(values[step][0], fits, 0).words for step in (*FREE, "optimizer", "method") if values[step]]
+    return f"perhaps {', or '.join(first[:MOST]) or NOTHING} (not tried: each takes a simulation)"
 
 
 @without_collector()

@@ -62,6 +62,7 @@ def read_config(
         remedy = f"give a file for {', '.join(JOBS)}"
         raise InputError(Problem(f"{path}: {key}", f"asks for {reading.job}, which is not modelled", remedy))
     reading.find(key)
+    reading.options["job"] = ANSWERED[reading.job]
     read_rows(reading, rows)
     read_job(reading)
     if model is not None:
@@ -102,7 +103,8 @@ def question_of(
     model = _model_of(reading)
     _default_targets(reading, model)
     family = model.config["model_type"]
-    if family in SCALED_LOGITS and reading.given.get("loss") is None and reading.options.pop("loss", None):
+    if family in SCALED_LOGITS and reading.given.get("loss") is None and "loss" in reading.keys:
+        del reading.options["loss"]
         why = f"its fused loss is not modelled for {family}, which changes its logits; the answer is an upper bound"
         reading.not_modelled.append(f"{reading.keys['loss']}: {why}")
     if reading.problems:
@@ -153,7 +155,8 @@ def _model_of(reading: Reading) -> Model:
     except InputError as error:
         remedy = f"or give a preset or a config.json first: peftscope memory MODEL --config {reading.path}"
         problems: Iterable[Problem] = (
-            replace(p, where=f"{reading.path}: {key}", remedy=f"{p.remedy}; {remedy}") for p in error.problems
+            replace(p, where=p.where.replace("model", f"{reading.path}: {key}", 1), remedy=f"{p.remedy}; {remedy}")
+            for p in error.problems
         )
         raise InputError(problems if key != "model" else error.problems) from None
     if same := model.variant_of:

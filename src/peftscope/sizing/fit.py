@@ -20,7 +20,7 @@ from peftscope.memory.formula.terms import sizes_of
 from peftscope.memory.question import Question, ask, narrowest_target, usual_responses
 from peftscope.memory.trace import by_kind, bytes_of, factors
 from peftscope.methods import METHODS
-from peftscope.sizing.changes import NOTHING, Asked, remedies_of
+from peftscope.sizing.changes import Asked, remedies_of, untested
 from peftscope.sizing.duration import Duration, Schedule, duration, time_json
 from peftscope.sizing.needs import Needs, options_of_method
 from peftscope.sizing.search import largest
@@ -204,7 +204,7 @@ class Search:
             components=self._components,
             headroom_bytes=capacity - needed,
             missing_bytes=max(0, peaks.least_bytes - capacity),
-            advice=remedies[0].words if remedies else (NOTHING if fits == "no" else ""),
+            advice=remedies[0].words if remedies else "" if fits == "yes" else untested(asked, fits),
             advised_device_bytes=remedies[0].peak_device_bytes if remedies else None,
             assumed={
                 "batch_size": spec.batch_size,

@@ -123,7 +123,7 @@ def read_job(reading: Reading) -> None:
     It comes after all rows, because an option of supervised fine-tuning that they read is left out.
     """
     options = reading.options
-    job = options["job"] = ANSWERED[reading.job]
+    job = options["job"]
     if job == "sft":
         return
     for option in (option for option in ALONE if options.pop(option, None)):

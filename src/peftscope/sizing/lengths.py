@@ -16,6 +16,7 @@ from peftscope.files.limits import check_characters
 from peftscope.hardware.cards import Fits
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of
+from peftscope.memory.beside import JOBS
 from peftscope.memory.formula.step import TrainingTraces
 from peftscope.memory.question import Question
 
@@ -45,7 +46,8 @@ class LengthsAnswer:
         items: The number of items.
         cut_items: The number of items that were longer than a row, and are cut.
         too_long_items: The items that are longer than the widest full batch that fits; None without a card.
-        batch_size: The rows of a full batch.
+        batch_size: The rows or, where an item is two of them, the pairs of a full batch.
+        batch_of: What those are: row or pair.
         capacity_bytes: The memory of the card that CUDA can use; None without a card.
         fits_width: The widest full batch whose tensors fit, up to the longest item; None without a card.
         fits: Whether the widest batch fits, as ``Gpu.fits`` says it; None without a card.
@@ -59,6 +61,7 @@ class LengthsAnswer:
     cut_items: int
     too_long_items: int | None
     batch_size: int
+    batch_of: str
     capacity_bytes: int | None
     fits_width: int | None
     fits: Fits | None
@@ -192,6 +195,7 @@ def answer_lengths(question: Question, lengths: Sequence[int]) -> LengthsAnswer:
         cut_items=sum(length > spec.seq_len for length in lengths),
         too_long_items=None if width is None else sum(length > width for length in cut),
         batch_size=rows,
+        batch_of="pair" if JOBS[question.beside.job].rows > 1 else "row",
         capacity_bytes=capacity,
         fits_width=width,
         fits=question.gpu.fits(widest.least_bytes, widest.device_bytes) if question.gpu else None,
@@ -206,7 +210,7 @@ def _peaks_by_width(question: Question, rows: int) -> Callable[[int], Peaks]:
     The same share of its positions as in the question has a loss.
     """
     traces = TrainingTraces()
-    unpadded = {"padding": "none"} if rows == 1 else {}
+    unpadded = {"padding": "none"} if rows * JOBS[question.beside.job].rows == 1 else {}
     beside = question.beside.model_copy(update=unpadded)
 
     @cache

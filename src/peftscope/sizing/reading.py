@@ -43,6 +43,7 @@ class Reading:
         model: The name of the base, if the file or the command line names one.
         cards: The number of cards, if a companion file says it.
         sharded: The key that says that weights are sharded over the cards.
+        by_deepspeed: Whether it is DeepSpeed that shards them.
         whole: The key that says that each card has all weights.
         keys: The key that each option was read from.
         understood: What was understood, one line for each key.
@@ -63,6 +64,7 @@ class Reading:
     model: str | None = None
     cards: int | None = None
     sharded: str = ""
+    by_deepspeed: bool = False
     whole: str = ""
     keys: dict[str, str] = field(default_factory=dict)
     understood: list[str] = field(default_factory=list)

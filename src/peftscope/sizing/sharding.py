@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftscope.errors import shown
+from peftscope.methods import METHODS
 from peftscope.sizing.reading import Reading, flatten, read_content
 
 NAMED_STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "single_gpu": 0, "multi_gpu": 0, "fsdp1": 3, "fsdp2": 3}
@@ -14,6 +15,8 @@ STRATEGIES = {"no_shard": 0, "3": 0} | dict.fromkeys(HALF_SHARDED, 2)
 """FSDP's strategies that leave weights whole, by name or number, and the stage of each; false: after a forward pass."""
 MIXED = "accelerate 1.15, utils/fsdp_utils.py:820 and accelerator.py:2037; DeepSpeed does the same"
 """What keeps trained weights in fp32 under mixed precision."""
+CAST = "DeepSpeed at 38327e0, runtime/engine.py:1231: with bf16 it casts the whole module"
+"""What leaves nothing in fp32 that PEFT or a trainer widened."""
 OFFLOADS = {"optimizer": "optimizer", "param": "parameters"}
 """What DeepSpeed's keys call the parts that it offloads, and the option for each, the larger last."""
 STRATEGY_KEYS = (
@@ -55,6 +58,10 @@ def read_sharding(reading: Reading, *, mixed: bool) -> None:
         if reading.options["method"] == "full":
             reading.options["precision"] = "bf16"
         reading.assume("master_weights", "fp32", MIXED)
+        if reading.by_deepspeed and "adapter_dtype" in METHODS[reading.options["method"]].model_fields:
+            reading.assumed = [line for line in reading.assumed if "adapter_dtype=" not in line]
+            reading.assume("adapter_dtype", "base", CAST)
+            reading.options.pop("modules_to_save_dtype", None)
 
 
 def _read_accelerate(reading: Reading, key: str) -> None:
@@ -133,11 +140,14 @@ def _note_stage(reading: Reading, key: str, stage: Any, zero: dict[str, Any] | N
         reading.sharded = reading.sharded or key
         what = "weights, gradients and states" if stage == FULL_STAGE else "gradients and states"
         reading.understood.append(f"{key}: {what} are sharded")
+        reading.by_deepspeed = reading.by_deepspeed or zero is not None
         if zero is not None and stage == PARTIAL_STAGE:
             reading.set("sharding", "zero2", key)
             # Source: DeepSpeed, runtime/zero/config.py. A second buffer as large serves overlap_comm.
             size = 0 if zero.get("reduce_bucket_size") == "auto" else zero.get("reduce_bucket_size", 5e8)
-            if not isinstance(size, int | float) or not 0 <= size < 1e15:
+            if zero.get("contiguous_gradients") is False:
+                reading.not_modelled.append(f"{key}: contiguous_gradients: false may change memory; answered as true")
+            if isinstance(size, bool) or not isinstance(size, int | float) or not 0 <= size < 1e15:
                 reading.refuse(key, f"reduce_bucket_size must be a number or auto (got {shown(size)})", "correct it")
                 return
             reading.set("reduce_bucket", int(size) * (2 if zero.get("overlap_comm") is True else 1), key)

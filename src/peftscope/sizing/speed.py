@@ -113,9 +113,9 @@ def operations(question: Question, shape: ModelShape, dequantised_bytes: float) 
     head = _product(
         LOSS, kept, hidden, shape.vocab_size, 4 if head_wide else 2, 1, head_wide, full or "lm_head" in question.saved
     )
-    again = 1 if question.beside.loss == "cut-cross-entropy" else 0  # it computes the logits once more
+    again = 1 if question.beside.loss in ("cut-cross-entropy", "chunked") else 0  # these compute the logits once more
     yield replace(head, backward=head.backward + again, recomputed=False)
-    per_value = {"plain": 8 + 4 * width, "liger": 6, "cut-cross-entropy": 0}[question.beside.loss]
+    per_value = {"plain": 8 + 4 * width, "liger": 6, "chunked": 8, "cut-cross-entropy": 0}[question.beside.loss]
     yield Operation(LOSS, per_value * values, 6, backward=1, recomputed=False)
     yield Operation("norms", norm_bytes * tokens * hidden, norm_launches, recomputed=False)
 

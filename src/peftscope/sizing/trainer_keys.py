@@ -194,9 +194,9 @@ def set_precision(reading: Reading, trainer: Trainer, *, narrow: bool, half: boo
         mixed: Whether it trains in mixed precision.
     """
     reading.options["precision"] = "bf16" if narrow else "amp" if half else "fp32"
-    names = ["keep_logits"]
+    names = ["keep_logits", "loss"]
     if mixed and narrow:
-        names += ["autocast", "kbit_preparation", "modules_to_save_dtype"]
+        names += ["autocast", "kbit_preparation", "adapter_dtype", "modules_to_save_dtype"]
     decided = reading.options | {name: value for name, value in reading.given.items() if value is not None}
     for name, (value, source) in settings_of(trainer, decided["method"], decided).items():
         if name in names:
@@ -254,7 +254,7 @@ def read_trl_precision(reading: Reading, row: Row) -> None:
     weights, four_bit = reading.get("dtype", "torch_dtype"), reading.options["method"] == "qlora"
     half = read_half(reading, row.source)
     if weights is None and not four_bit:
-        reading.assumed.append("weights in fp32: the file gives no dtype, and versions differ; --precision bf16 if not")
+        reading.assumed.append("weights in fp32: TRL 1.16.0, trainer/model_config.py:89; --precision bf16 if not")
     narrow = four_bit or weights in ("bfloat16", "float16", "auto")
     set_precision(reading, "trl", narrow=narrow, half=half, mixed=half)
     reading.assumed.append(f"the defaults of {REGIMES['trl'].version}: {REGIMES['trl'].beside}")

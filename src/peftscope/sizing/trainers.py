@@ -49,6 +49,8 @@ TORCHTUNE_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
     "torch.optim.AdamW": ("adamw", "foreach"),
     "torch.optim.SGD": ("sgd", "foreach"),
     "bitsandbytes.optim.AdamW8bit": ("adamw_8bit", None),
+    "torchao.optim.AdamW8bit": ("adamw_8bit", None),
+    "torchao.prototype.low_bit_optim.AdamW8bit": ("adamw_8bit", None),
     "bitsandbytes.optim.PagedAdamW": ("paged_adamw", None),
     "bitsandbytes.optim.PagedAdamW8bit": ("paged_adamw_8bit", None),
 }
@@ -85,11 +87,14 @@ BATCHES = (
 
 EIGHT_BITS = {"true": True, "false": None}
 LIGER = {"true": "liger", "false": None}
-SAVINGS = (
+LOSSES = (
     Row("loss", "use_liger_kernel", words=LIGER),
     Row("loss", "enable_liger_kernel", words=LIGER),
     Row("loss", "liger_fused_linear_cross_entropy", words=LIGER),
     Row("loss", "cut_cross_entropy", words={"true": "cut-cross-entropy", "false": None}),
+)
+"""Rows of fused losses. TRL since 1.15 has one of its own, and of Liger the kernels of layers alone."""
+SAVINGS = (
     saving("use_liger_kernel", "Liger's norms, activations and rotary embeddings"),
     saving("enable_liger_kernel", "Liger's norms, activations and rotary embeddings"),
     saving("liger_rms_norm", "Liger's norms"),
@@ -105,7 +110,7 @@ SAVINGS = (
     saving("lora_qkv_kernel", "fused kernels of LoRA"),
     saving("lora_o_kernel", "fused kernels of LoRA"),
 )
-"""Rows of fused losses and other savings, which trainers built on transformers share."""
+"""Rows of other savings, which trainers built on transformers share."""
 
 AXOLOTL_ROWS = (
     Row("model", "base_model", read=keys.read_model),
@@ -147,6 +152,7 @@ AXOLOTL_ROWS = (
     Row("precision", "bf16 fp16", read=keys.read_axolotl_precision),
     Row("loss", "plugins", read=keys.read_plugins),
     Row("quantize_moe_experts", "quantize_moe_experts", words={"true": True, "false": None}),
+    *LOSSES,
     *SAVINGS,
 )
 
@@ -183,6 +189,7 @@ FACTORY_ROWS = (
     Row("modules_to_save", "additional_target", read=keys.read_saved_modules),
     Row("double_quant", "double_quantization", True, MODEL_ARGS),
     Row("precision", "bf16 fp16 pure_bf16", read=keys.read_factory_precision),
+    *LOSSES,
     *SAVINGS,
 )
 
@@ -299,7 +306,6 @@ _STEPS = {"gradient_accumulation": {"gradient_accumulation_steps": OWN}}
 _TRL: dict[str, dict[str, Any]] = {
     **_ROWS,
     **_STEPS,
-    "loss": {"use_liger_kernel": True},
     "reference": {"precompute_ref_log_probs": True},
     "checkpointing": {"gradient_checkpointing": True},
     "optimizer": {"optim": "adamw_8bit"},
@@ -337,11 +343,14 @@ REMEDIES: dict[str, dict[str, dict[str, Any]]] = {
         "batch_size": {"batch_size": OWN},
         "eval_batch_size": {"batch_size_val": OWN},
         "checkpointing": {"enable_activation_checkpointing": True},
+        "optimizer": {"optimizer._component_": "bitsandbytes.optim.AdamW8bit", "optimizer.fused": None},
+        "method": {"model._component_": lambda builder: builder.replace(".lora_", ".qlora_")},
         "seq_len": {"tokenizer.max_seq_len": OWN},
     },
 }
 """The keys with which a remedy changes an option; ``adapter`` are those that give a fully trained base an adapter. A
-list is appended to that of the file. Options that a trainer lacks here are changed on the command line."""
+list is appended to that of the file, a function changes the file's value, and None takes a key out. Options that a
+trainer lacks here are changed on the command line."""
 
 
 def recognise(path: Path, content: dict[str, Any]) -> tuple[str, tuple[Row, ...]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from peftscope.memory.beside import passes_of
 from peftscope.memory.formula.decoder import keep_positions, run_decoder, run_head
+from peftscope.memory.formula.fused import chunked_log_probs
 from peftscope.memory.formula.linear import TapedModel
 from peftscope.memory.tape import Backward, Gradients, Shaped
 
@@ -30,7 +31,7 @@ def _score(model: TapedModel, *, masked: bool) -> Shaped:
         tape.module = "score"
         return tape.matmul(hidden, model.weights["score"], ("T",), "rewards")
     if beside.logprobs == "chunked":
-        return _chunked(model, keep_positions(model, hidden))
+        return chunked_log_probs(model, keep_positions(model, hidden))
     logits = run_head(model, hidden, kept=beside.job == "grpo")
     del hidden
     tape.module = "loss"
@@ -66,26 +67,3 @@ def _from_logits(model: TapedModel, logits: Shaped) -> Shaped:
         return [tape.new(("N", "V"), width, term="gradients of the logits")]
 
     return tape.op([logits], ("N",), 4, backward, kept)
-
-
-def _chunked(model: TapedModel, x: Shaped) -> Shaped:
-    """Stands for ``ChunkedLogProbFunction``: tiles of logits, and gradients that are summed in 32 bits."""
-    tape, head = model.tape, model.head
-    tape.module = "loss"
-    width = 2 if tape.autocast else x.width
-    columns = min("wV", key=lambda name: model.sizes[name])
-
-    def tile() -> list[Shaped]:
-        factors = [(("n", "h"), x), ((columns, "h"), head)]
-        copies = [tape.new(dims, width) for dims, factor in factors if factor.width != width]
-        return [tape.new(("n", "w"), width, term="tile of logits"), *copies]
-
-    def backward(*_: Any) -> Gradients:
-        needed = [t if t.node is not None else None for t in (x, head)]
-        wide = [t and tape.new(t.dims, 4, term="gradients in 32 bits") for t in needed]
-        _held = tile()
-        return [t and (w if t.width == 4 else tape.new(t.dims, t.width)) for t, w in zip(needed, wide, strict=True)]
-
-    statistics = [tape.new(("N",), 4) for _ in range(7)]
-    tile().clear()
-    return tape.op([x, head], ("N",), 4, backward, (x, *statistics[:2]))

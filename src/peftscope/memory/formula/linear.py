@@ -49,7 +49,7 @@ class TapedModel:
     Attributes:
         tape: What runs is written there.
         weights: By name.
-        loss: The implementation of the loss of a training step: plain, liger or cut-cross-entropy.
+        loss: The implementation of the loss of a training step: plain, or a fused one.
         beside: What the question says beside the run, the job among it.
         second: The weights of a second model that is the reference, by name; None if there is none.
     """

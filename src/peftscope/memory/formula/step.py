@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any
 
-from peftscope.memory.formula.decoder import keep_positions, run_decoder, run_head
-from peftscope.memory.formula.fused import fused_loss
+from peftscope.memory.formula.decoder import run_decoder, run_head
+from peftscope.memory.formula.fused import ALSO_IN_EVALUATION, fused_loss
 from peftscope.memory.formula.jobs import job_loss
 from peftscope.memory.formula.linear import TapedModel
 from peftscope.memory.formula.states import LARGE_STATE, STATE_BLOCK, Tensors, states_of
@@ -173,7 +173,7 @@ def _train(model: TapedModel) -> Trace:
             held = logits if spec.keeps_logits else None
             del logits
         else:
-            loss = _regularised(model, fused_loss(model, keep_positions(model, hidden) if kept else hidden))
+            loss = _regularised(model, fused_loss(model, hidden, kept=kept))
         before.clear()
         tape.casts.clear()
         if held is None or model.shape.family not in RETURNS_CACHE:
@@ -284,14 +284,17 @@ def _evaluate(model: TapedModel, *, gathers: bool) -> Trace:
     before = tape.new(("N", "V"), width, term="logits") if gathers and model.sizes["F"] else None
     held = tape.new(("F", "V"), width, term=GATHERED) if gathers else None
     hidden = run_decoder(model, masked=_masked(model, model.padded))
-    logits = run_head(model, hidden, kept=not gathers)
+    fused = model.loss in ALSO_IN_EVALUATION and not gathers
+    logits = None if fused else run_head(model, hidden, kept=not gathers)
+    if logits is None:
+        fused_loss(model, hidden)
     del hidden
     tape.casts.clear()
     model.cache.clear()
     tape.module = "loss"
-    wide = tape.cast(logits, 4, "logits in 32 bits")
-    logs = tape.new(("N", "V"), 4, term="log-softmax of the logits")
-    if gathers:
+    wide = logits and tape.cast(logits, 4, "logits in 32 bits")
+    logs = logits and tape.new(("N", "V"), 4, term="log-softmax of the logits")
+    if logits and gathers:
         del wide, logs
         logits = tape.cast(logits, width, "logits in 32 bits")
         del before

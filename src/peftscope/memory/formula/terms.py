@@ -168,5 +168,6 @@ def evaluation_sizes(question: Question) -> dict[str, int]:
     batch, rows = question.spec.eval_batch_size, question.gathered_rows
     sizes = sizes_of(question, batch)
     if not rows:
-        return {**sizes, "N": batch * question.responses}
+        kept = batch * question.responses
+        return {**sizes, "N": kept, "n": min(kept, LOGPROB_ROWS)}
     return {**sizes, "N": sizes["T"], "E": rows * sizes["S"], "F": max(0, rows - batch) * sizes["S"]}
