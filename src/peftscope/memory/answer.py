@@ -62,8 +62,8 @@ class Answer:
         peak_allocated_bytes: The peak that torch's allocator counts: tensors and kernel workspaces.
         peak_reserved_bytes: The peak of the segments that the allocator holds for them.
         peak_device_bytes: Reserved bytes, the CUDA context and paged states: what nvidia-smi shows.
-        least_device_bytes: The tensors at their peak and the CUDA context: a smaller card runs out of memory. If they fit
-            on the card asked about and their segments do not: these segments, where the run ends.
+        least_device_bytes: The tensors at their peak and the CUDA context: a smaller card runs out of memory. If they
+            fit on the card that is asked about and their segments do not: these segments, where the run ends.
         binding_phase: The phase that has the allocated peak.
         phases: The allocated peak of each phase.
         evaluation_bytes: The allocated peak that an evaluation with the same batch would have, where none is asked for;
@@ -106,6 +106,7 @@ class Peaks:
     """The peaks, those of the phases, a function that returns the blocks alive at a phase's peak, and what else to say.
 
     With less than ``least_bytes`` a run ends out of memory; with ``device_bytes`` its allocator gives nothing back.
+    Fragments count among the former on the card that is asked about.
     """
 
     allocated_bytes: int

@@ -126,7 +126,7 @@ def share_of(question: Question, phase: str, blocks: list[Block]) -> list[Block]
         return share + _beside_zero2(question, phase, [block for block in blocks if _trains(question, block)])
     kept = gpus > 1, question.spec.precision, beside.sharding, beside.master_weights, beside.offload
     if phase == "optimizer" and kept == (True, "bf16", "zero3", "fp32", "none"):
-        # Source: DeepSpeed at edaa722, runtime/zero/stage3.py: grad_partitions_flat_buffer, _prepare_fp32_grad_for_sub_group
+        # Source: DeepSpeed at edaa722, runtime/zero/stage3.py: grad_partitions_flat_buffer, _prepare_sub_group
         values = sum(trained.values()) // 2 // gpus
         share.append(Block(max(0, min(4 * values, 8 * SUB_GROUP - 4 * values)), "temporaries", term=NARROW))
     if phase in ("load", "optimizer") or not layers:
