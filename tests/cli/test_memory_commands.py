@@ -339,13 +339,13 @@ def test_with_room_for_nothing_there_is_no_largest() -> None:
 
 
 def test_it_is_tight_where_the_allocator_has_to_give_back_what_it_caches() -> None:
-    roomy = fit_of("lora", 10**12)
+    roomy = fit_of("full", 10**12)
     least = roomy.peak_allocated_bytes + CONTEXT_BYTES
     cards = (least - 1, least, roomy.peak_device_bytes - 1, roomy.peak_device_bytes)
-    found = [fit_of("lora", card) for card in cards]
-    assert [fit.fits for fit in found] == ["no", "tight", "tight", "yes"]
-    assert [fit.missing_bytes for fit in found] == [1, 0, 0, 0]
-    assert found[1].largest_batch_size is None and found[1].largest_tight_batch_size == 1
+    found = [fit_of("full", card) for card in cards]
+    assert [fit.fits for fit in found] == ["no", "no", "tight", "yes"]  # the second one's fragments leave no room
+    assert found[0].missing_bytes == 1 < found[1].missing_bytes and found[2].missing_bytes == 0
+    assert found[2].largest_batch_size is None and found[2].largest_tight_batch_size == 1
 
 
 def test_the_drivers_reserve_is_not_for_runs(peftscope: Command) -> None:

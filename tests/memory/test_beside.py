@@ -149,6 +149,9 @@ def test_master_weights_are_of_trained_16_bit_weights() -> None:
     more = {kind: kept(**copied, **wide)[kind] - size for kind, size in kept(**copied).items()}
     part = 2 * shape.vocab_size * shape.hidden_size / 4
     assert more == {"weights": 0, "adapters": part, "optimizer states": 2 * part}
+    zero3, fsdp = (answer_by_formula(question(4, method="full", sharding=way, **wide)) for way in ("zero3", "fsdp1"))
+    # As ZeRO-3 steps, shares of weights and gradients in 16 bits are alive, too.
+    assert zero3.phases["optimizer"] - fsdp.phases["optimizer"] == pytest.approx(shape.parameters, rel=1e-3)
 
 
 def test_what_lies_on_the_host_is_not_on_the_card() -> None:

@@ -218,6 +218,14 @@ def test_segments_stay_and_only_blocks_of_the_allocator_in_a_phase_take_any() ->
     assert reserved_bytes(trace) == 32 * MIB
 
 
+def test_free_segments_are_given_back_where_a_new_one_exceeds_the_card() -> None:
+    trace = Trace()
+    for size in (30, 40):
+        trace.pass_by(Block(size * MIB))
+    held = [reserved_bytes(trace, capacity=capacity * MIB) for capacity in (70, 69, 40, 39)]
+    assert held == [70 * MIB, 40 * MIB, 40 * MIB, 40 * MIB]
+
+
 SMALL = st.integers(1, MIB)
 MIDDLE = st.integers(MIB + 1, 10 * MIB - 512)
 LARGE = st.integers(10 * MIB - 511, 50 * MIB)

@@ -26,9 +26,9 @@ def question_of(**options: Any) -> Question:
 
 
 @cache
-def peaks(rows: int, width: int) -> Peaks:
+def peaks(rows: int, width: int, gpu: Gpu | None = None) -> Peaks:
     """The peaks of a batch, asked for as a question of its own."""
-    return peaks_by_formula(question_of(batch_size=rows, seq_len=width), evaluation=False)
+    return peaks_by_formula(replace(question_of(batch_size=rows, seq_len=width), gpu=gpu), evaluation=False)
 
 
 def on_a_card(usable_bytes: int) -> Question:
@@ -50,17 +50,18 @@ def test_a_quantile_is_the_shortest_length_that_a_share_of_the_items_does_not_ex
 def test_the_widest_batch_decides_whether_a_data_set_fits() -> None:
     widest = peaks(ROWS, max(LENGTHS))
     cards = (widest.device_bytes, widest.least_bytes, widest.least_bytes - 1)
-    roomy, tight, misses = (answer_lengths(on_a_card(card), LENGTHS) for card in cards)
+    roomy, cut, misses = (answer_lengths(on_a_card(card), LENGTHS) for card in cards)
     assert (roomy.fits, roomy.headroom_bytes, roomy.fits_width, roomy.too_long_items) == ("yes", 0, max(LENGTHS), 0)
-    assert (tight.fits, tight.missing_bytes, tight.fits_width, tight.too_long_items) == ("tight", 0, max(LENGTHS), 0)
+    assert (cut.fits, cut.missing_bytes > 1, cut.too_long_items) == ("no", True, 1)  # its segments do not fit
     assert (misses.fits, misses.missing_bytes, misses.too_long_items) == ("no", 1, 1)
     assert misses.fits_width is not None and misses.fits_width < max(LENGTHS)
 
 
 def test_the_widest_batch_that_fits_is_found() -> None:
-    card = peaks(ROWS, 250).least_bytes
-    answer = answer_lengths(on_a_card(card), LENGTHS)
-    assert peaks(ROWS, answer.fits_width).least_bytes <= card < peaks(ROWS, answer.fits_width + 1).least_bytes
+    card = Gpu("a card", peaks(ROWS, 250).device_bytes)
+    answer = answer_lengths(replace(question_of(), gpu=card), LENGTHS)
+    fits = [peaks(ROWS, answer.fits_width + more, card).least_bytes <= card.memory_bytes for more in (0, 1)]
+    assert fits == [True, False]
     assert answer.too_long_items == sum(length > answer.fits_width for length in LENGTHS) == 3
     none = answer_lengths(on_a_card(CONTEXT_BYTES), LENGTHS)
     assert (none.fits_width, none.too_long_items) == (0, len(LENGTHS))

@@ -54,11 +54,11 @@ class Gpu:
         """Returns whether a run fits.
 
         Before torch gives up, it frees the segments that are wholly free and tries again (``c10/cuda/
-        CUDACachingAllocator.cpp``). So a run ends out of memory if its tensors alone do not fit, and it gives nothing
-        back if what its allocator would reserve fits too.
+        CUDACachingAllocator.cpp``). So a run ends out of memory if the others do not fit, and it gives nothing back if
+        what its allocator would reserve fits too.
 
         Args:
-            least_bytes: The bytes of its tensors, and the CUDA context.
+            least_bytes: The bytes of its tensors, or of the segments that they keep on this card, and the CUDA context.
             device_bytes: The bytes that it takes where there is room: reserved ones, and the CUDA context.
         """
         if least_bytes > self.usable_bytes:

@@ -3,7 +3,8 @@
 The allocator rounds requests up to 512 bytes. It serves requests up to 1 MiB from segments of 2 MiB, and requests below
 10 MiB from segments of 20 MiB. A larger request gets a segment of its own, rounded up to 2 MiB. A request gets the
 smallest free block that is large enough. The rest of that block stays free if it is large enough to be useful.
-Neighbouring free blocks are merged. Segments are never given back to CUDA.
+Neighbouring free blocks are merged. Only where a new segment would exceed the card are those that are wholly free given
+back to CUDA, all at once.
 
 Source: ``c10/cuda/CUDACachingAllocator.cpp`` of torch 2.
 """
@@ -59,11 +60,12 @@ class CachingAllocator:
     """The allocator's segments and free blocks for one stream.
 
     Attributes:
-        reserved_bytes: The bytes of all segments. They only grow.
+        capacity: What segments may take on the card. One that exceeds it all the same ends the run out of memory.
+        reserved_bytes: The bytes of all segments.
     """
 
-    def __init__(self) -> None:
-        self.reserved_bytes = 0
+    def __init__(self, capacity: float = inf) -> None:
+        self.capacity, self.reserved_bytes, self._end = capacity, 0, 0
         # Free pieces by size and address: one pool for small requests, one for all others.
         self._small: list[tuple[int, int, Piece]] = []
         self._large: list[tuple[int, int, Piece]] = []
@@ -77,7 +79,10 @@ class CachingAllocator:
             piece = pool.pop(place)[2]
             piece.free = False
         else:
-            piece = Piece(self.reserved_bytes, segment_bytes(size), pool)
+            piece = Piece(self._end, segment_bytes(size), pool)
+            if self.reserved_bytes + piece.size > self.capacity:
+                self._give_back()
+            self._end += piece.size
             self.reserved_bytes += piece.size
         rest = piece.size - size
         if rest >= ROUNDING_BYTES if small else rest > SMALL_REQUEST:
@@ -90,6 +95,12 @@ class CachingAllocator:
             piece.size, piece.after = size, left
             insort(pool, (rest, offset, left))
         return piece
+
+    def _give_back(self) -> None:
+        for pool in (self._small, self._large):
+            parts = [free for free in pool if free[2].before or free[2].after]
+            self.reserved_bytes -= sum(size for size, *_ in pool) - sum(size for size, *_ in parts)
+            pool[:] = parts
 
     def free(self, piece: Piece) -> None:
         """Frees a block and merges it with free neighbours."""
@@ -111,14 +122,15 @@ class CachingAllocator:
         insort(pool, (piece.size, piece.offset, piece))
 
 
-def reserved_bytes(trace: Trace, enough: float = inf) -> int:
+def reserved_bytes(trace: Trace, enough: float = inf, capacity: float = inf) -> int:
     """Returns the bytes that the allocator holds after a trace. It does not hold paged blocks.
 
     Args:
         trace: The trace.
         enough: Above so many bytes the replay ends early, with the bytes that are held by then.
+        capacity: What segments may take before free ones are given back.
     """
-    allocator = CachingAllocator()
+    allocator = CachingAllocator(capacity)
     allocate, free, sizes = allocator.allocate, allocator.free, trace.sizes(paged=False)
     pieces: list[Any] = [None] * len(sizes)
     last = trace.marks[-1][0] if trace.marks else len(trace.events)

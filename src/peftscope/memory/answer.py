@@ -62,7 +62,8 @@ class Answer:
         peak_allocated_bytes: The peak that torch's allocator counts: tensors and kernel workspaces.
         peak_reserved_bytes: The peak of the segments that the allocator holds for them.
         peak_device_bytes: Reserved bytes, the CUDA context and paged states: what nvidia-smi shows.
-        least_device_bytes: The tensors at their peak and the CUDA context: a smaller card runs out of memory.
+        least_device_bytes: The tensors at their peak and the CUDA context: a smaller card runs out of memory. If they
+            fit on the card that is asked about and their segments do not: these segments, where the run ends.
         binding_phase: The phase that has the allocated peak.
         phases: The allocated peak of each phase.
         evaluation_bytes: The allocated peak that an evaluation with the same batch would have, where none is asked for;
@@ -105,6 +106,7 @@ class Peaks:
     """The peaks, those of the phases, a function that returns the blocks alive at a phase's peak, and what else to say.
 
     With less than ``least_bytes`` a run ends out of memory; with ``device_bytes`` its allocator gives nothing back.
+    Fragments count among the former on the card that is asked about.
     """
 
     allocated_bytes: int
@@ -212,6 +214,10 @@ def peaks_of(
     reserved = max(reserved, phases[binding])
     context = question.gpu.context_bytes if question.gpu and question.gpu.context_bytes else CONTEXT_BYTES
     device, least = reserved + context + paged, phases[binding] + context
+    room = question.gpu.usable_bytes - context if question.gpu else 0
+    if phases[binding] <= room < reserved and not question.shared and not only_whether:  # fragments decide
+        needed = max(reserved_bytes(trace, room, room) for trace in both)
+        least = needed + context if needed > room else least
     return Peaks(phases[binding], reserved, device, least, binding, phases, alive)
 
 

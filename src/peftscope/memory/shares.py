@@ -24,6 +24,9 @@ WHOLE_GRADIENTS = "gradients of a layer on their way to other cards or the host"
 MASTER = "32-bit copies of trained weights (ZeRO-2)"
 WIDE_GRADIENTS = "32-bit copies of gradients (ZeRO-2)"
 BUCKETS = "buffers of gradients (ZeRO-2)"
+NARROW = "16-bit weights and gradients beside 32-bit ones (ZeRO-3)"
+SUB_GROUP = 10**9
+"""The values of which ZeRO-3 holds gradients and temporaries of the step in 32 bits at once: its sub_group_size."""
 GATHERS = {"zero3": (2, False, 0), "fsdp1": (2, True, 1), "fsdp2": (3, True, 2)}
 """How many layers are gathered at once, whether what is outside of layers stays, and how often a layer's gradients."""
 
@@ -121,6 +124,11 @@ def share_of(question: Question, phase: str, blocks: list[Block]) -> list[Block]
                 trained[owner] += block.size
     if gpus > 1 and beside.sharding == "zero2":
         return share + _beside_zero2(question, phase, [block for block in blocks if _trains(question, block)])
+    kept = gpus > 1, question.spec.precision, beside.sharding, beside.master_weights, beside.offload
+    if phase == "optimizer" and kept == (True, "bf16", "zero3", "fp32", "none"):
+        # Source: DeepSpeed at edaa722, runtime/zero/stage3.py: grad_partitions_flat_buffer, _prepare_sub_group
+        values = sum(trained.values()) // 2 // gpus
+        share.append(Block(max(0, min(4 * values, 8 * SUB_GROUP - 4 * values)), "temporaries", term=NARROW))
     if phase in ("load", "optimizer") or not layers:
         return share
     at_once, root_stays, gradients = GATHERS[beside.sharding if gpus > 1 else "zero3"]

@@ -52,7 +52,7 @@ class Fit:
         missing_bytes: The bytes that are missing for the tensors; 0 if it fits.
         largest_batch_size: The largest batch size that fits, up to ``LARGEST_BATCH_SIZE``, with all else unchanged.
             None means that not even 1 fits.
-        largest_tight_batch_size: The largest batch size whose tensors fit.
+        largest_tight_batch_size: The largest batch size that fits, tightly or with room.
         largest_seq_len: The same for the length of a sequence, up to the model's limit.
         largest_rank: The same for the rank. None also for a method without a rank.
         advice: The mildest change that makes the method fit, or the reason why it cannot run; empty if it fits.
@@ -237,19 +237,18 @@ class Search:
         Args:
             field: ``batch_size``, ``seq_len`` or ``rank``.
             limit: The largest value to try.
-            tight: Whether it suffices that the tensors fit.
+            tight: Whether the allocator may give cached memory back.
 
         Raises:
             InputError: The method has no closed form.
         """
 
         def takes(value: int, only_whether: bool) -> int:
-            if value == start:
-                return self._asked_peaks.least_bytes if tight else self._asked_peaks.device_bytes
-            question = self._ask({**self._options, **self._changes(field, value)})
-            if tight:  # the allocator is not asked
-                return self._peaks(question, 0).least_bytes
-            return self._peaks(question, capacity, only_whether=only_whether).device_bytes
+            peaks, whether = self._asked_peaks, only_whether and not tight
+            if value != start:
+                question = self._ask({**self._options, **self._changes(field, value)})
+                peaks = self._peaks(question, capacity, only_whether=whether)
+            return peaks.least_bytes if tight else peaks.device_bytes
 
         spec, capacity = self.question.spec, self.needs.gpu.usable_bytes
         start = getattr(spec.method, spec.method.rank_field) if field == "rank" else getattr(spec, field)
