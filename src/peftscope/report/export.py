@@ -8,8 +8,7 @@ import pandas as pd
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
-from peftscope.report.contrasts import compared_label, contrasts, readable_difference
-from peftscope.report.sentences import spoken_outcome
+from peftscope.report.contrasts import EXPLAINED, compared_label, contrasts, readable_difference, told
 from peftscope.report.tables import markdown
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "“": "``", "”": "''"}
@@ -22,8 +21,7 @@ def caption(study: StudyResults) -> str:
     """Returns the sentence below a study's table."""
     return (
         f"How far each arm is ahead of {study.labels[study.reference]} in held-out loss ({study.subject}), in % of the "
-        f"task gain, with {100 * CONFIDENCE:g} % intervals over pairs of seeds. Above zero is better. “Within” is the "
-        "smallest margin at which two one-sided tests call two arms the same."
+        f"task gain, with {100 * CONFIDENCE:g} % intervals over pairs of seeds. {EXPLAINED}"
     )
 
 
@@ -48,7 +46,7 @@ def exported(name: str, form: str) -> str:
             {
                 "arm": compared_label(row["arm"], row["against"], study.reference, study.labels),
                 **{column: numbers[column] for column in list(numbers)[:3]},
-                "what it says": spoken_outcome(row["outcome"], row["difference"]),
+                "what it says": told(row),
             }
         )
     frame = pd.DataFrame(rows)

@@ -215,7 +215,7 @@ def _shares(name: str) -> str:
     study = StudyResults(name)
     table = contrasts(study)
     is_shown = table["arm"].isin(arms_shown(study)) & (table["against"] == study.reference)
-    others = answer_of_study(table[~is_shown], study.labels, arms="the other arms", legend="")
+    others = answer_of_study(table[~is_shown], study.labels, legend="")
     return f"{ANSWERS['shares'](name)} {others}".strip()
 
 
