@@ -163,7 +163,8 @@ def _rounding(findings: list[dict[str, Any]]) -> str:
     if not {"smollm2-135m", "minilm"} <= changes.keys():
         return ""
     base, floats = (f"{100 * changes[model]:.1f} %" for model in ("smollm2-135m", "minilm"))
-    return f"Rounding to NF4 still changes its weights by {base} of their norm, and MiniLM's float weights by {floats}."
+    said = f"Rounding to NF4 still changes its weights by {base} of their norm, and those of MiniLM, which are floats,"
+    return f"{said} by {floats}."
 
 
 def _topic(topic: Topic, by_id: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
