@@ -24,7 +24,7 @@ SHOWN: dict[str, tuple[str, list[int]]] = {
     "shown:better": ("peftscope table variants --markdown", [*range(6)]),
 }
 """The command of each block, and which lines of its output the page shows. Dots stand for the others."""
-STUDY = ("peftscope new-study lora-fa.py --against lora --model toy", [-5, -3, -2, -1])
+STUDY = ("peftscope new-study lora_fa.py --world B --steps 40 --seeds 3", [-5, -3, -2, -1])
 """The same of the page on a method of one's own, without the lines on time, which differ from machine to machine."""
 
 
@@ -41,7 +41,7 @@ def show_study() -> str:
     method = re.findall(r"^```python\n(.*?)^```", STUDY_PAGE.read_text(), re.MULTILINE | re.DOTALL)[0]
     with TemporaryDirectory() as folder:
         shutil.copytree("experiments", Path(folder, "experiments"))
-        Path(folder, "lora-fa.py").write_text(method)
+        Path(folder, "lora_fa.py").write_text(method)
         return show(*STUDY, Path(folder))
 
 

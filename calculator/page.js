@@ -114,7 +114,7 @@ function adapt(own) {
     const value = defaults[owner];
     const control = own.elements[name];
     const said = value === null || value === undefined ? "" : kind === "switch" ? (value ? "on" : "off") : String(value);
-    if (control.tagName === "SELECT") control.options[0].text = said ? `${said}, the default${trainer}` : "";
+    if (control.tagName === "SELECT") control.options[0].text = said ? `${said}, the default${trainer}` : "not set";
     else control.placeholder = said;
   }
 }
@@ -276,7 +276,7 @@ function roomOf({ card, peak_device_bytes: needed, least_device_bytes: least }) 
 
 function timeOf({ tokens_per_second: speed, time }) {
   const told = (value) => Number(value.toPrecision(3)).toLocaleString("en");
-  const between = ({ value, low, high }, unit = 1) => `${told(value / unit)}, ${told(low / unit)} to ${told(high / unit)}`;
+  const between = ({ value, low, high }, unit = 1) => `${told(value / unit)} (${told(low / unit)} to ${told(high / unit)})`;
   const parts = [`${between(speed)} tokens a second`, `${between(time.step_seconds)} seconds a step`];
   if (time.training_seconds) parts.push(`${between(time.training_seconds, 3600)} hours for the training`);
   if (time.cost) parts.push(`${between(time.cost)} for ${time.training_seconds ? "the training" : "1M tokens"}, in the currency of the price`);

@@ -46,6 +46,7 @@ html_favicon = "theme/icon.svg"
 html_static_path = ["theme/site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 templates_path = ["theme"]
 html_sidebars = {"**": ["sidebar/brand.html", "sidebar/search.html", "sidebar/scroll-start.html", "beside.html"]}
 html_sidebars["**"] += ["sidebar/navigation.html", "sidebar/scroll-end.html"]

@@ -114,10 +114,10 @@ def spoken_time(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def spoken_number(value: float | bool | str | None) -> str:
-    """Returns a measured quantity, with four digits.
+def spoken_number(value: float | bool | str | None, digits: int = 3) -> str:
+    """Returns a measured quantity, with so many digits.
 
-    >>> spoken_number(16777216), spoken_number(0.000123456), spoken_number(True), spoken_number(None)
+    >>> spoken_number(16777216), spoken_number(0.000123456, 4), spoken_number(True), spoken_number(None)
     ('16,777,216', '0.0001235', 'yes', '-')
     """
     if value is None:
@@ -128,7 +128,7 @@ def spoken_number(value: float | bool | str | None) -> str:
         return value
     if float(value).is_integer() and abs(value) < 1e12:
         return f"{int(value):,}"
-    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:,.0f}"
 
 
 def scale_of(unit: str) -> int:

@@ -21,6 +21,9 @@ from peftscope.models.presets import PRESETS
 DOCUMENTS = ["README.md", "experiments/README.md", *sorted(f"docs/{p.name}" for p in REPOSITORY.glob("docs/*.md"))]
 
 TREATMENTS = {
+    # A file that is there, and what is published: whole, in the repository.
+    r"peftscope memory --config examples/.*": "here",
+    r"peftscope compare (benchmarks/|variants:dora variants:lora|variants --all$).*": "here",
     # A trainer's file, or a data set, of the reader's own.
     r"peftscope memory (\S+ )?--(config|data) .*": "help",
     # A data set of the reader's own.
@@ -145,6 +148,8 @@ def test_command(command: str, workspace: Path, repository: Path, run, monkeypat
     shutil.copytree(repository / "examples", workspace / "examples", dirs_exist_ok=True)
     # A dry run of make writes nothing; the others run where nothing is a user's.
     folder = repository if words[0] == "make" else workspace
+    if how == "here":
+        monkeypatch.chdir(repository)
     more = {"help": ["--help"], "dry": ["-n"]}.get(how, [])
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -33,7 +33,7 @@ def blocks(repository: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def file(repository: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "lora-fa.py"
+    path = tmp_path / "lora_fa.py"
     path.write_text(blocks(repository, "python")[0])
     return path
 
@@ -47,27 +47,28 @@ def run(*words: str) -> str:
 @pytest.mark.slow
 def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: Path) -> None:
     own("unused", "fixed: {model: toy}\n")
-    Path("lora-fa.py").write_text(blocks(repository, "python")[0])
+    Path("lora_fa.py").write_text(blocks(repository, "python")[0])
     command, *shown = blocks(repository, "console")[0].splitlines()
     commands = [shlex.split(line) for block in [command[2:], *blocks(repository, "sh")] for line in block.splitlines()]
     assert [words[1] for words in commands] == ["new-study", "sweep", "report"]
     printed = run(*commands[0])
     assert is_shown(shown, printed.splitlines())
-    assert re.search(r"^ toy, LoRA-FA +29 .*\nlora-fa-study: 91 runs, 0 done, about .* to go", printed, re.MULTILINE)
+    name = Path(shown[-1]).stem
+    assert re.search(rf"^ smollm2-135m, LoRA-FA +14 .*\n{name}: 46 runs, 0 done, about .* to go", printed, re.MULTILINE)
 
-    study = Path("experiments/lora-fa-study.yaml")
-    text = study.read_text().replace("fixed: {model: toy}", SHORT)
-    text = re.sub(r"lora-fa: \[.*\]", "lora: [3.0e-3, 1.0e-2, 3.0e-2]\n    lora-fa: [3.0e-3, 1.0e-2, 3.0e-2]", text)
-    study.write_text(f"{text}  seeds: [0, 1]\n  control_seeds: [0]\n")
+    study = Path(f"experiments/{name}.yaml")
+    text = re.sub(r"fixed: \{.*\}", SHORT, study.read_text())
+    text = re.sub(r"(lora|lora-fa): \[.*\]", r"\1: [3.0e-3, 1.0e-2, 3.0e-2]", text)
+    study.write_text(text.replace("[0, 1, 2]", "[0, 1]", 1).replace("[0, 1, 2]", "[0]"))
     later = [" ".join(words[1:]) for words in commands[1:]]
     done = in_one_process(*later)
     assert done.returncode == 0, done.stderr
-    table = Path("results/lora-fa-study/tables/contrasts.csv").read_text().splitlines()
+    table = Path(f"results/{name}/tables/contrasts.csv").read_text().splitlines()
     rows = {row["arm"]: row for row in csv.DictReader(table)}
     assert {"lora-fa", "lora-a-a"} <= rows.keys()
-    assert "LoRA-FA" in Path("reports/lora-fa-study/report.html").read_text()
+    assert "LoRA-FA" in Path(f"reports/{name}/report.html").read_text()
 
-    digest = file_sha256(Path("lora-fa.py"))
+    digest = file_sha256(Path("lora_fa.py"))
     records = [json.loads(path.read_text()) for path in Path("results/runs").glob("lora-fa-*/record.json")]
     assert len(records) in (3 + 3 * 2, 3 + 4 * 2, 3 + 5 * 2)  # with up to two rates beyond an end
     for record in records:
@@ -201,7 +202,7 @@ def test_a_name_that_no_method_can_have_is_refused(name: str, said: str, file: P
 
 def test_every_arm_has_as_many_trials_and_the_reference_its_controls(file: Path, own) -> None:
     def study_of(*others: str):
-        path = own("lora-fa-study", study_text(file, list(others), None))
+        path = own("lora-fa-study", study_text(file, list(others)))
         study = read_experiment(path).study
         assert study is not None and len({len(rates) for rates in study.learning_rates.values()}) == 1
         return study
@@ -217,4 +218,23 @@ def test_every_arm_has_as_many_trials_and_the_reference_its_controls(file: Path,
     )  # fmt: skip
     assert study_of("dora").a_a == "dora"  # which draws its start; IA3's is always the same
     with pytest.raises(InputError, match=r"no method to compare with \(got 'lra'\) -> did you mean `lora`"):
-        study_text(file, ["lra"], None)
+        study_text(file, ["lra"])
+    with pytest.raises(InputError, match=r"world: no such world \(got 'b'\) -> one of A, B, C"):
+        study_text(file, ["lora"], "b")
+
+
+def test_a_study_in_another_world_shares_its_runs_and_short_ones_share_none(file: Path, own) -> None:
+    home = read_experiment(Path("experiments/studies/pronunciation.yaml"))
+    like = read_experiment(own("one", study_text(file, ["lora", "full"], "B")))
+    assert (like.fixed, like.study.seeds, like.study.pilot) == (home.fixed, home.study.seeds, None)
+    for arm in ("lora", "full"):
+        assert like.study.arms[arm] == home.study.arms[arm]
+        assert like.study.learning_rates[arm] == home.study.learning_rates[arm]
+    assert like.study.tuning == home.study.tuning and not like.study.centres
+    short = read_experiment(own("two", study_text(file, ["lora"], "B", 2, steps=40)))
+    assert short.fixed == home.fixed | {"steps": 40, "warmup_steps": 2, "validation_every": 10}
+    assert (short.study.seeds, short.study.control_seeds, short.study.arms["lora"]) == (
+        [0, 1],
+        [0, 1],
+        {"method": "lora"},
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,15 @@ import typer
 
 from peftscope.cli.console import OWN
 from peftscope.errors import InputError, Problem, close_match, needs
-from peftscope.layout import EXPERIMENTS, METHOD_FILES, check_experiment_name, shipped
+from peftscope.layout import EXPERIMENTS, METHOD_FILES, STUDIES, check_experiment_name, shipped
 
 app = typer.Typer()
 
 REFERENCE = "lora"
 """The reference arm of the studies that this repository publishes."""
 
-RATES_OF = "sums"
-"""The study whose learning rates other arms have, so that the runs are its own."""
+WORLDS = {"A": "sums", "B": "pronunciation", "C": "pronunciation-gemma"}
+"""Models with a task, each with the study whose learning rates other arms have, so that the runs are its own."""
 
 GRID = (0.1, 0.3, 1, 3, 10)
 """Learning rates to try, as multiples of a method's own: as many for every arm."""
@@ -33,30 +34,43 @@ def new_study(
         str,
         typer.Option(help="Methods to compare with, separated by commas; the reference is lora, or else the first."),
     ] = REFERENCE,
+    world: Annotated[
+        str, typer.Option(help="A: SmolLM2-135M on sums; B: on pronunciation; C: Gemma-3-270M on pronunciation.")
+    ] = "A",
     model: Annotated[
-        str | None,
-        typer.Option(help="A name in models.yaml; default: that of studies/base.yaml. With toy it takes minutes."),
+        str | None, typer.Option(help="A name in models.yaml; default: the world's. With toy it takes minutes.")
     ] = None,
+    task: Annotated[str | None, typer.Option(help="A name in tasks.yaml; default: the world's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=4, help="Steps of a run; default: the world's, 160.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Pairs of runs; default: the world's, 8 in A.")] = None,
 ) -> None:
     """Write a study of your own method: equal trials, pairs of seeds, an A/A arm; and say what it costs."""
+    import yaml  # takes 10 ms, at the start of every command
+
     from peftscope.methods.from_file import name_of
 
-    name = name_of(file)
-    check_experiment_name(name)
     others = [other.strip() for other in against.split(",") if other.strip()]
-    study = EXPERIMENTS / f"{name}-study.yaml"
-    text = study_text(file, others, model)
-    contents = {METHOD_FILES / f"{name}.py": file.read_text(encoding="utf-8"), study: text}
+    fixed = {field: value for field, value in (("model", model), ("task", task), ("steps", steps)) if value}
+    # A second call with other options writes another study.
+    told = [*(others if others != [REFERENCE] else []), *_options(world, seeds, fixed)]
+    name = re.sub(r"\W+|_", "-", "-".join([name_of(file), "study", *told]).lower())
+    for each in (name_of(file), name):
+        check_experiment_name(each)
+    text = study_text(file, others, world, seeds, **fixed)
+    contents = {
+        METHOD_FILES / f"{name_of(file)}.py": file.read_text(encoding="utf-8"),
+        EXPERIMENTS / f"{name}.yaml": text,
+    }
     for path, content in contents.items():
         if path.is_file() and path.read_text(encoding="utf-8") != content:
             raise InputError(Problem(str(path), "is there with another content", "remove it, or rename your file"))
-    trained = tried(file, model)
+    trained = tried(file, yaml.safe_load(text).get("fixed", {}).get("model"))
     written = [path for path in contents if not path.is_file()]
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(contents[path], encoding="utf-8")
     # Methods are found when a process starts, so that another one must look.
-    command = [sys.executable, "-m", "peftscope", "expand", study.stem, "--brief"]
+    command = [sys.executable, "-m", "peftscope", "expand", name, "--brief"]
     if code := subprocess.run(command, check=False).returncode:
         for path in written:  # or they would stand in the way of the mended file
             path.unlink()
@@ -74,7 +88,7 @@ def tried(file: Path, model: str | None) -> str:
     from peftscope.planning.experiment import read_experiment
     from peftscope.training.trial import trained_values, try_method
 
-    model = model or str(read_experiment(shipped(EXPERIMENTS / "studies" / "base.yaml")).fixed["model"])
+    model = model or str(read_experiment(shipped(STUDIES / "base.yaml")).fixed["model"])
     method = load_file(file)[0]
     assert method is not None  # the study's text was made of it
     counted = trained_values(try_method(file, method()), model)
@@ -82,16 +96,26 @@ def tried(file: Path, model: str | None) -> str:
     return f"{method.label} took two steps on the toy model. Of {model} it trains {said}."
 
 
-def study_text(file: Path, others: list[str], model: str | None) -> str:
+def study_text(file: Path, others: list[str], world: str = "A", seeds: int | None = None, **fixed: Any) -> str:
     """Returns the experiment file of a study.
 
+    Args:
+        file: The method's file.
+        others: The methods to compare with.
+        world: One of ``WORLDS``.
+        seeds: How many pairs; None: those of the world's study.
+        fixed: Settings that replace the world's: ``model``, ``task``, ``steps``.
+
     Raises:
-        InputError: The file holds no method or one with a name that is taken, or another method is unknown.
+        InputError: The file holds no method or one with a name that is taken, or another method, the world, the model
+            or the task is unknown.
     """
+    import yaml
+
+    from peftscope.data.tasks import find_task
     from peftscope.methods import METHODS, versions_of
     from peftscope.methods.from_file import load_file, name_of
     from peftscope.models.catalog import find_model
-    from peftscope.planning.experiment import A_A, read_experiment, rounded
 
     if not file.is_file():
         raise InputError(
@@ -107,47 +131,72 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
     if unknown := [name for name in others if name not in trained] or [""] * (not others):
         message = f"no method to compare with (got {unknown[0]!r})"
         raise InputError(Problem("against", message, close_match(unknown[0], trained)))
-    if model is not None:
-        find_model(model)
+    if world not in WORLDS:
+        raise InputError(Problem("world", f"no such world (got {world!r})", f"one of {', '.join(WORLDS)}"))
+    for field, find in (("model", find_model), ("task", find_task)):
+        if field in fixed:
+            find(fixed[field])
     arms = sorted(dict.fromkeys(others), key=lambda name: name != REFERENCE)
-    known = read_experiment(shipped(EXPERIMENTS / "studies" / f"{RATES_OF}.yaml")).study
+    settings, study = _settings(method, own, arms, world, seeds, fixed)
+    description = (
+        "A method from a file beside others, each at its own best learning rate after as many trials. Pairs of seeds "
+        "give every arm the same batches."
+    )
+    if study.get("a_a", REFERENCE):
+        description += " The reference enters a second time: no smaller difference means anything."
+    told = ", ".join(_options(world, seeds, fixed))
+    content = {
+        "title": f"{method.label} against {', '.join(METHODS[name].label for name in arms)}"
+        + f" ({told})" * bool(told),
+        "description": description,
+        "extends": "base",
+        **({"fixed": settings} if settings else {}),
+        "study": study,
+    }
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+
+
+def _options(world: str, seeds: int | None, fixed: dict[str, Any]) -> list[str]:
+    """Returns in words what a study does not take as it is by default."""
+    own = [f"{value} steps" if field == "steps" else value for field, value in fixed.items()]
+    return [f"world {world}"] * (world != "A") + own + [f"{seeds} seeds"] * bool(seeds)
+
+
+def _settings(
+    method: Any, own: str, arms: list[str], world: str, seeds: int | None, fixed: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what a study fixes and its arms with their rates, as far as ``base`` says something else."""
+    from peftscope.methods import METHODS
+    from peftscope.planning.experiment import A_A, read_experiment, rounded
+
+    base, home = (read_experiment(shipped(STUDIES / f"{name}.yaml")) for name in ("base", WORLDS[world]))
     defaults = read_experiment(shipped(EXPERIMENTS / "defaults.yaml")).methods
-    assert known is not None
+    known = home.study
+    assert known is not None and base.study is not None
 
     def rates(name: str) -> list[float]:
         usual = method.run_defaults if name == own else {**METHODS[name].run_defaults, **defaults.get(name, {})}
         return known.learning_rates.get(name) or [rounded(usual["learning_rate"] * factor) for factor in GRID]
 
-    # The runs that `sums` has of these arms are shared: they have the same ids.
-    shares = model is None and arms[0] == REFERENCE
-    names = [*arms, own]
+    # The runs that the world's study has of these arms are shared: they have the same ids.
+    shares = not fixed and arms[0] == REFERENCE
     study: dict[str, Any] = {
-        "arms": {name: {"method": name} | (known.arms.get(name, {}) if shares else {}) for name in names},
-        "learning_rates": {name: rates(name) for name in names if name != REFERENCE},
+        "arms": {name: {"method": name} | (known.arms.get(name, {}) if shares else {}) for name in [*arms, own]},
+        "learning_rates": {name: rates(name) for name in [*arms, own] if (world, name) != ("A", REFERENCE)},
     }
-    drawn = METHODS[arms[0]]().draws_start
-    if not shares:
-        study["pilot"] = None  # its A/A pairs are of another model or reference
-    elif centres := {name: rate for name, rate in known.centres.items() if name.removesuffix(A_A) in arms}:
-        study |= {"centres": centres, "tuning": {"retention_tokens": 0, "retention_every": 0}}
+    paired = list(range(seeds)) if seeds else known.seeds
+    if paired != base.study.seeds:
+        study |= {"seeds": paired, "control_seeds": [seed for seed in base.study.control_seeds or () if seed in paired]}
+    if not (shares and known.pilot):
+        study["pilot"] = None  # its A/A pairs are of another model, task or reference
+    if shares:
+        centres = {name: rate for name, rate in known.centres.items() if name.removesuffix(A_A) in arms}
+        study |= ({"centres": centres} if centres else {}) | {"tuning": {"retention_tokens": 0, "retention_every": 0}}
     if arms[0] != REFERENCE:  # what `base` says of the reference is taken back
-        study["a_a"] = arms[0] if drawn else None  # what draws nothing at its start would repeat itself
+        study["a_a"] = arms[0] if METHODS[arms[0]]().draws_start else None  # else it would repeat itself
         for field in ("arms", "learning_rates"):
             study[field] = {REFERENCE: None, **study[field]}
         study["controls"] = {REFERENCE: None, arms[0]: ["shuffled-labels"]}
-    description = (
-        "A method from a file beside others, each at its own best learning rate after as many trials. Pairs of seeds "
-        "give every arm the same batches."
-    )
-    if drawn:
-        description += " The reference enters a second time: no smaller difference means anything."
-    content = {
-        "title": f"{method.label} against {', '.join(METHODS[name].label for name in arms)}",
-        "description": description,
-        "extends": "base",
-        **({"fixed": {"model": model}} if model else {}),
-        "study": study,
-    }
-    import yaml  # takes 10 ms, at the start of every command
-
-    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    if "steps" in fixed:
+        fixed = fixed | {"warmup_steps": fixed["steps"] // 20, "validation_every": fixed["steps"] // 4}
+    return {field: value for field, value in home.fixed.items() if value != base.fixed.get(field)} | fixed, study

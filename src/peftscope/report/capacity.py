@@ -83,8 +83,8 @@ def answer(table: pd.DataFrame) -> str:
     stored = bounded["followed_share"]
     outside = table.loc[~table["is_bounded"].astype(bool), "arm"]
     return (
-        f"Up to {span} bits for each trained parameter ({'; '.join(bounded['arm'])}), adapters store at least "
-        f"{100 * stored.min():.0f} % of the random strings that they are given, and hardly more beyond that."
+        f"Adapters store at least {100 * stored.min():.0f} % of the random strings that they are given, until these "
+        f"hold {span} bits for each trained parameter ({'; '.join(bounded['arm'])}), and hardly more beyond that."
         + (f" Outside the sizes that were tried: {'; '.join(outside)}." if len(outside) else "")
     )
 

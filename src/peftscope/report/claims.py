@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
@@ -83,7 +84,7 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "meanings": MEANINGS,
         "learned": [entry for entry in entries if entry["instead"] and entry["claim"].source.startswith("chapter")],
         "hardware": " and ".join(sorted({finding["hardware"] for finding in findings} - {""})) or "-",
-        "spoken": spoken_number,
+        "spoken": partial(spoken_number, digits=4),
         "measured": measured,
         "spoken_verdict": spoken_verdict,
         "spoken_moves": spoken_moves,

@@ -24,11 +24,11 @@ CONTROLS = {
 }
 MOST_WITH_NUMBERS = 8
 """The most comparisons whose numbers the answer tells. Of more it names the arms; the report has their numbers."""
-LEGEND = (
-    f" In % of the task gain with {100 * CONFIDENCE:g} % intervals, above zero is better. Arms are told apart after "
-    "Holm's correction for all comparisons of the study. “Within” is the smallest margin at which two one-sided tests "
-    "call two arms the same."
+EXPLAINED = (
+    "Above zero is better. Holm's correction is for all comparisons of the study: it may leave open what one interval "
+    "alone would decide. “Within” is the smallest margin at which two one-sided tests call two arms the same."
 )
+LEGEND = f" Numbers are % of the task gain with {100 * CONFIDENCE:g} % intervals. {EXPLAINED}"
 STEEP = 1.5
 """How many times the median loss of its rate a run has that ended on the steep rise above the best rates."""
 FEWEST_FOR_BOOTSTRAP = 8
@@ -181,7 +181,7 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     'D against L: +0.038 nats per token [−0.019, +0.095], +2.0 points of exact match [+1.0, +3.0]: ahead'
     """
     name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} against {labels[row['against']]}"
-    words = spoken_outcome(row["outcome"], row["difference"])
+    words = told(row)
     if has_gain := not math.isnan(row["percent"]):
         nats = f"{signed(row['difference'], '.3f')} nats per token"
         said = [_signed(row, "percent", ".1f", " % of the task gain"), nats]
@@ -190,6 +190,12 @@ def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
     if pd.notna(row.get("accuracy")):
         said.append(_signed(row, "accuracy", ".1f", " points of exact match"))
     return f"{name}: {', '.join(said)}: {words}" + (f", within {row['bound_percent']:.1f} %" if has_gain else "")
+
+
+def told(row: dict[Any, Any], other: str = "") -> str:
+    """Returns what a comparison says, and that a correction says it where the interval alone would say more."""
+    is_corrected = row["outcome"] == Outcome.OPEN and row["difference_low"] * row["difference_high"] > 0
+    return spoken_outcome(row["outcome"], row["difference"], other=other) + " after Holm's correction" * is_corrected
 
 
 def _signed(row: dict[Any, Any], name: str, spec: str, unit: str = "") -> str:
@@ -204,7 +210,7 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
         text = {
             "arm": compared_label(row["arm"], row["against"], reference, labels),
             **readable_difference(row, labels[reference]),
-            "what it says": spoken_outcome(row["outcome"], row["difference"]),
+            "what it says": told(row),
             "pairs that would decide": formatted(row["pairs_to_decide"], ",.0f"),
             "standard error of tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
         }
@@ -277,8 +283,8 @@ def _pairs(row: dict[Any, Any]) -> str:
     return f"n = {row['n']}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
 
 
-def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms", legend: str = LEGEND) -> str:
-    """Returns what a study's comparisons say of "the arms", in sentences; empty without any, or without a task gain.
+def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND) -> str:
+    """Returns what a study's comparisons say, a sentence a verdict; empty without any, or without a task gain.
 
     Where it tells numbers, ``legend`` explains them at the end.
     """
@@ -287,21 +293,22 @@ def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms", 
         return ""
     has_numbers, order = len(tested) <= MOST_WITH_NUMBERS, list(Outcome)
 
+    def named(arm: str) -> str:
+        return f"“{labels[arm]}”" if "," in labels[arm] else labels[arm]
+
     def clause(row: dict[Any, Any]) -> str:
-        return spoken_outcome(row["outcome"], row["difference"], other=labels[row["against"]])
+        return told(row, named(row["against"]))
 
-    def number(row: dict[Any, Any], form: str) -> str:
-        bound = f", within {row['bound_percent']:.1f}"
-        return form.format(_signed(row, "percent", ".1f") + bound) if has_numbers else ""
+    def number(row: dict[Any, Any]) -> str:
+        return f" ({_signed(row, 'percent', '.1f')}, within {row['bound_percent']:.1f})" * has_numbers
 
-    rows = sorted(tested.to_dict("records"), key=lambda row: (order.index(row["outcome"]), row["difference"] < 0))
-    reference = tested["against"].iloc[0]
-    own = [row for row in rows if row["against"] == reference]
-    parts, sentences = [], []
-    for said, alike in groupby(own, clause):
-        each = [labels[row["arm"]] + number(row, " {}") for row in alike]
-        parts.append(f"{len(each)} of {len(own)} {'is' if len(each) == 1 else 'are'} {said} ({listed(each, '; ')})")
-    for row in rows:
-        if row["against"] != reference:
-            sentences.append(f" {capitalised(labels[row['arm']])} is {clause(row)}{number(row, ' ({})')}.")
-    return f"Of {arms}, {'; '.join(parts)}.{''.join(sentences)}{legend if has_numbers else ''}"
+    def place(row: dict[Any, Any]) -> tuple[bool, int, str]:
+        return row["against"] != tested["against"].iloc[0], order.index(row["outcome"]), clause(row)
+
+    sentences = []
+    for said, alike in groupby(sorted(tested.to_dict("records"), key=place), clause):
+        first, *others = rows = list(alike)
+        each = [named(row["arm"]) + number(row) for row in rows]
+        several, one = f"{said} are {listed(each, last=' and ')}.", f"{named(first['arm'])} is {said}{number(first)}."
+        sentences.append(capitalised(several if others else one))
+    return " ".join(sentences) + (legend if has_numbers else "")

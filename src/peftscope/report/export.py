@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
-from peftscope.report.contrasts import contrasts, readable_contrasts
+from peftscope.report.contrasts import EXPLAINED, contrasts, readable_contrasts
 from peftscope.report.tables import markdown
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "“": "``", "”": "''"}
@@ -17,8 +17,7 @@ def caption(study: StudyResults) -> str:
     """Returns the sentence below a study's table."""
     return (
         f"How far each arm is ahead of {study.labels[study.reference]} in held-out loss ({study.subject}), in % of the "
-        f"task gain, with {100 * CONFIDENCE:g} % intervals over pairs of seeds. Above zero is better. “Within” is the "
-        "smallest margin at which two one-sided tests call two arms the same."
+        f"task gain, with {100 * CONFIDENCE:g} % intervals over pairs of seeds. {EXPLAINED}"
     )
 
 

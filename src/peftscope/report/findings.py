@@ -125,7 +125,8 @@ def _rounding(findings: list[dict[str, Any]]) -> str:
     if not {"smollm2-135m", "minilm"} <= changes.keys():
         return ""
     base, floats = (f"{100 * changes[model]:.1f} %" for model in ("smollm2-135m", "minilm"))
-    return f"Rounding to NF4 still changes its weights by {base} of their norm, and MiniLM's float weights by {floats}."
+    said = f"Rounding to NF4 still changes its weights by {base} of their norm, and those of MiniLM, which are floats,"
+    return f"{said} by {floats}."
 
 
 def _topic(topic: Topic, by_id: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _shares(name: str) -> str:
     study = StudyResults(name)
     table = contrasts(study)
     is_shown = table["arm"].isin(arms_shown(study)) & (table["against"] == study.reference)
-    others = answer_of_study(table[~is_shown], study.labels, arms="the other arms", legend="")
+    others = answer_of_study(table[~is_shown], study.labels, legend="")
     return f"{ANSWERS['shares'](name)} {others}".strip()
 
 

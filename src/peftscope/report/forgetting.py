@@ -49,8 +49,9 @@ def forgetting_sentence(experiment: str) -> str:
     said = ", ".join(f"{signed(rise, '.3f')} ({name})" for name, rise in ends.items())
     return (
         "What is forgotten against what is learned, along the training from the base on the left: the mean over seeds, "
-        f"with a large mark at the end. There, the code length of English prose has changed by {said} bits per byte."
-    ) + _at_equal_loss(study)
+        "with a large mark at the end. From the base to there, the bits that a byte of English prose takes change by "
+        f"{said}.{_at_equal_loss(study)} Above zero, more is forgotten."
+    )
 
 
 def _at_equal_loss(study: StudyResults) -> str:
@@ -62,5 +63,5 @@ def _at_equal_loss(study: StudyResults) -> str:
         if matched:
             difference = fmean(first - second for _, first, second in matched)
             said.append(f"{signed(difference, '.3f')} ({study.labels[arm]})")
-    differences = f"it differs from that of {study.labels[other]} by {', '.join(said)}"
-    return f" Where both have the same loss on the task, {differences}." if said else ""
+    differences = f"the difference from {study.labels[other]} is {', '.join(said)}"
+    return f" At the same loss on the task, {differences}." if said else ""

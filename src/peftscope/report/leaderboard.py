@@ -18,9 +18,8 @@ from peftscope.analysis.study import MARGIN, StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, published, published_paths, report_path
 from peftscope.planning.experiment import A_A
-from peftscope.report.contrasts import contrasts, controls, readable_difference
+from peftscope.report.contrasts import contrasts, controls, readable_difference, told
 from peftscope.report.rendering import asset, write_page
-from peftscope.report.sentences import spoken_outcome
 from peftscope.report.study import EARLIER_MARGIN
 from peftscope.report.tables import PREDICTED_PEAK, markdown, pooled, settings, spoken_settings
 from peftscope.spec import RunSpec
@@ -137,7 +136,7 @@ def _entries(study: StudyResults) -> Iterator[Entry]:
     yield Entry(labels[reference], study.arm_runs(reference), 0.0, {}, {study.name: "the reference"})
     for row in _contrasts(study).to_dict("records"):
         if row["against"] == reference:
-            arm, said = row["arm"], {study.name: spoken_outcome(row["outcome"], row["difference"])}
+            arm, said = row["arm"], {study.name: told(row)}
             numbers = readable_difference(row, "the reference")
             yield Entry(labels[arm], study.arm_runs(arm), row["difference"], numbers, said, arm.endswith(A_A))
     if any(control == "a-a" for control, _ in study.controls):

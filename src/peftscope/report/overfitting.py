@@ -65,8 +65,8 @@ def overfitting_sentence(experiment: str) -> str:
     rises = {name: curve["validation"].iloc[-1] - curve["validation"].min() for name, curve in curves.items()}
     risen = listed([f"{rise:.3f} ({name})" for name, rise in rises.items() if round(rise, 3) > 0])
     gaps = [f"{signed((c['validation'] - c['training']).iloc[-1], '.3f')} ({name})" for name, c in curves.items()]
-    rise = f"On validation items the mean ends above its lowest by {risen} nats per token. " if risen else ""
+    rise = f"On validation items the mean ends {risen} nats per token above its lowest. " if risen else ""
     return (
         "The loss on validation items along the training, and beneath it the loss on the examples that are trained: "
-        f"means over seeds. {rise}The validation loss at the end less the training loss: {listed(gaps)}."
+        f"means over seeds. {rise}The validation loss minus the training loss, at the end: {listed(gaps)}."
     )

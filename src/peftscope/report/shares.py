@@ -18,7 +18,7 @@ from peftscope.planning.experiment import A_A, VARIED
 from peftscope.report.looks import arm_looks
 from peftscope.report.plots import plain_ticks
 from peftscope.report.svg import INK
-from peftscope.words import capitalised, listed
+from peftscope.words import listed
 
 
 def share_table(study: StudyResults, field: str) -> pd.DataFrame:
@@ -135,15 +135,18 @@ def shares_sentence(experiment: str) -> str:
     if table.empty:
         return "The task gain is not known, so that no share of it can be told."
     at = [f" at {field} {value:,g}" for value in table.loc[table["is_whole"], field]]
-    whole = f"{_named(study, table)} gains{''.join(at)}"
+    whole = _named(study, table) + "".join(at)
     for name, rows in table.groupby("method", sort=False):
         each = zip(rows[field], rows["share"], strict=True)
         shares = listed([f"{100 * share:.0f} % at {field} {value:,g}".replace("-", "−") for value, share in each])
         same = rows.loc[rows["is_same"] & ~rows["is_whole"], field]
         shown = listed([f"{value:,g}" for value in same])
-        same_as = f"Shown to be the same within {100 * MARGIN:g} %: {f'{field} {shown}' if shown else 'none'}"
+        same_as = f"the same as {whole} within {100 * MARGIN:g} %"
+        same_as = f"At {field} {shown} it is {same_as}" if shown else f"None of these {field}s is shown to be {same_as}"
         spread = f"within a factor of {round(rows['rate'].max() / rows['rate'].min(), 1):,g}"
-        gain = capitalised(f"{name} keeps {shares} of what {whole} on the task.")
+        gain = f"Of what {whole} gains on the task, {name} reaches {shares}."
+        if rows["share"].min() < 0:
+            gain += " Below zero it ends worse than training on shuffled answers."
         said.append(f"{gain} {same_as}. The chosen rates of these {field}s lie {spread}.")
     bars = f"Bars are {100 * CONFIDENCE:g} % intervals over pairs of seeds, dashed lines the margin."
     return " ".join([*said, bars])

@@ -107,15 +107,15 @@ def updates_sentence(experiment: str) -> str:
         runs = table.groupby("run_id")
         each = runs[["rank_kept", "worth"]].apply(lambda both: both.corr("spearman").iloc[0, 1])
         return (
-            "Of each matrix, the rank that was kept, over the rise of the held-out loss if its update alone is set to "
-            f"zero: means over {len(each)} seeds. Over all matrices their rank correlation is {each.mean():.2f} in a "
-            "run, on average."
+            "A point is a matrix: the rank that it kept, over how much the held-out loss rises if its update alone is "
+            f"set to zero; both are means over {len(each)} seeds. In a run, the two have a rank correlation of "
+            f"{each.mean():.2f} over all matrices, on average."
         )
     ranks = table.groupby("variant", sort=False)["rank_90"].median()
     said = ", ".join(f"{rank:g} ({variant})" for variant, rank in ranks.items())
-    noise = f" Of a Gaussian matrix, {table['gaussian_rank_90'].median():g} hold as much." if len(table) else ""
+    noise = f" A random matrix needs {table['gaussian_rank_90'].median():g}." if len(table) else ""
     return (
-        f"How many of the largest singular values hold 90 % of an update's energy: {said}.{noise} Lines are medians "
+        f"So many of an update's singular values hold 90 % of its energy: {said}.{noise} Lines are medians "
         "over matrices and seeds; grey ones are noise of the same shapes."
     )
 
