@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from ledger_parts import part_with, write_results
+from ledger_parts import changed_part, part_with, write_results
 
 from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION
 from peftscope.claims.checks import answers, subspaces, training
 from peftscope.claims.evaluate import evaluate_part
+from peftscope.claims.ledger import Part
 from peftscope.claims.measurement import NotRunError
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.layout import results_folder
@@ -123,18 +124,19 @@ DIMENSIONS = [10, 100, 1000, 10_000, 100_000]
 
 
 def write_subspaces(middle: float, noise: float = 0.005) -> None:
-    """Writes the arms of a study whose share of full fine-tuning's gain rises over log d, to a half at ``middle``.
+    """Writes the arms of a study whose share of full fine-tuning's gain rises over log d, to a half at ``middle``."""
+    write_losses({"full": 0.1} | {f"d{d}": 1.1 - 1 / (1 + (middle / d) ** 2) for d in DIMENSIONS}, noise)
 
-    Shuffled labels reach 1.1 nats, LoRA 0.2 and full fine-tuning 0.1.
-    """
+
+def write_losses(of_arms: dict[str, float], noise: float = 0.001) -> None:
+    """Writes the arms of a study with their losses. Shuffled labels reach 1.1 nats, and LoRA 0.2 if nothing is said."""
     random = np.random.default_rng(1)
-    losses = {"arm-lora": 0.2, "arm-full": 0.1, "control-shuffled-labels-lora": 1.1}
-    for d in DIMENSIONS:
-        losses[f"arm-d{d}"] = 1.1 - 1 / (1 + (middle / d) ** 2)
+    losses = {f"arm-{arm}": loss for arm, loss in ({"lora": 0.2} | of_arms).items()}
+    losses["control-shuffled-labels-lora"] = 1.1
     rows = [
         {"run_id": f"{name}-{seed}", "comparisons": name, HELDOUT: loss + noise * random.standard_normal()}
         | {"seed": seed, "status": "ok", "method": "x", "base_weights": ""}
-        | {"dimension": float(name[5:]) if name[4] == "d" else None}
+        | {"dimension": float(name[5:]) if name[5:].isdigit() else None}
         for name, loss in losses.items()
         for seed in range(3)
     ]
@@ -168,6 +170,22 @@ def test_a_gain_that_comes_late_moves_the_intrinsic_dimension_out_of_its_range()
     assert found().value == 10 and judge(rule, found())[0] is Verdict.WRONG
     write_subspaces(middle=300, noise=0.3)
     assert judge(rule, found())[0] is Verdict.OPEN
+
+
+def test_claims_on_ranks_and_dora_flip_with_the_rates_and_the_losses_of_their_arms() -> None:
+    def verdicts(*parts: Part, **more: int) -> str:
+        return ", ".join(evaluate_part(changed_part(part, study="synthetic", **more)).verdict for part in parts)
+
+    rates = part_with("P52", "training.learning_rate_ratio"), part_with("P53", "training.learning_rate_spread")
+    ranks = rates[1].with_["arms"]
+    for best, said in ((2e-3, "holds, wrong"), (1e-4, "wrong, holds")):
+        write_study(dict.fromkeys(ranks, 2e-3) | {"r64": best}, noise=0.003)
+        assert verdicts(*rates, resamples=300) == said
+    ends = [part_with(claim, f"training.{check}") for claim, check in (("P50", "heldout_gain"), ("P53", "closest"))]
+    ends.append(part_with("P54", "training.heldout_gain"))
+    for loss, said in ((0.3, "holds, wrong, wrong"), (0.1, "wrong, holds, holds")):
+        write_losses(dict.fromkeys(ranks, 0.2) | {"full": loss, "dora": loss})
+        assert verdicts(*ends) == said
 
 
 def test_a_destroyed_base_leaves_open_what_a_sound_one_decides() -> None:
