@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from ledger_parts import changed_part, part_with, write_results
+from ledger_parts import changed_part, claims, part_with, write_results
 
 from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION
 from peftscope.claims.checks import answers, subspaces, training
-from peftscope.claims.evaluate import evaluate_part
+from peftscope.claims.evaluate import evaluate, evaluate_part
 from peftscope.claims.ledger import Part
 from peftscope.claims.measurement import NotRunError
+from peftscope.claims.stored import unexplained_changes
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.layout import results_folder
 from peftscope.planning.published import ITEMS
+from peftscope.report.spoken import spoken_finding, spoken_verdict
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 COARSE = [10 ** (-k / 2) for k in range(4, 11)]
@@ -128,7 +130,7 @@ def write_subspaces(middle: float, noise: float = 0.005) -> None:
     write_losses({"full": 0.1} | {f"d{d}": 1.1 - 1 / (1 + (middle / d) ** 2) for d in DIMENSIONS}, noise)
 
 
-def write_losses(of_arms: dict[str, float], noise: float = 0.001) -> None:
+def write_losses(of_arms: dict[str, float], noise: float = 0.001, study: str = "synthetic", task: str = "sums") -> None:
     """Writes the arms of a study with their losses. Shuffled labels reach 1.1 nats, and LoRA 0.2 if nothing is said."""
     random = np.random.default_rng(1)
     losses = {f"arm-{arm}": loss for arm, loss in ({"lora": 0.2} | of_arms).items()}
@@ -146,7 +148,7 @@ def write_losses(of_arms: dict[str, float], noise: float = 0.001) -> None:
     table = pd.DataFrame([*rows, base, *tunes])
     table.loc[table["comparisons"] == "arm-lora", "comparisons"] += " control-shuffled-labels-lora"
     chosen = {"learning_rate": 1e-2, "tried": [], "regret_rms": 0.005}
-    write_results("synthetic", table, dict.fromkeys(arms, chosen), model="toy", task="sums", learning_rate=1e-2)
+    write_results(study, table, dict.fromkeys(arms, chosen), model="toy", task=task, learning_rate=1e-2)
 
 
 def test_a_gain_that_comes_late_moves_the_intrinsic_dimension_out_of_its_range() -> None:
@@ -186,6 +188,27 @@ def test_claims_on_ranks_and_dora_flip_with_the_rates_and_the_losses_of_their_ar
     for loss, said in ((0.3, "holds, wrong, wrong"), (0.1, "wrong, holds, holds")):
         write_losses(dict.fromkeys(ranks, 0.2) | {"full": loss, "dora": loss})
         assert verdicts(*ends) == said
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (0.1, "holds in 2 of 2 worlds"),
+        (0.5, "holds in part: holds in toy, sums, wrong in toy, words"),
+        (0.2, "holds: holds in toy, sums, open in toy, words"),
+    ],
+)
+def test_one_rule_judges_a_claim_in_every_world_that_has_run(there: float, said: str) -> None:
+    def judged() -> dict[str, Any]:
+        (finding,) = evaluate([claims()["P50"]])
+        return finding.to_json("")
+
+    write_losses({"r1": 0.1, "full": 0.2}, study="ranks")
+    assert spoken_verdict(judged()) == "holds here (1 world)"
+    write_losses({"r1": there, "full": 0.2}, study="pronunciation", task="words")
+    found = judged()
+    assert spoken_verdict(found) == said and " on toy, words (" in spoken_finding(found)
+    assert not list(unexplained_changes([claims()["P50"]], [], [found]))
 
 
 def test_a_destroyed_base_leaves_open_what_a_sound_one_decides() -> None:
