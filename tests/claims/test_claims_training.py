@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.layout import results_folder
 from peftscope.planning.published import ITEMS
 from peftscope.report.spoken import spoken_finding, spoken_verdict
+from peftscope.report.worlds import WORLDS_FIGURE, show_worlds, world_answers
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 COARSE = [10 ** (-k / 2) for k in range(4, 11)]
@@ -209,6 +211,18 @@ def test_one_rule_judges_a_claim_in_every_world_that_has_run(there: float, said:
     found = judged()
     assert spoken_verdict(found) == said and " on toy, words (" in spoken_finding(found)
     assert not list(unexplained_changes([claims()["P50"]], [], [found]))
+
+
+def test_the_figure_of_worlds_has_a_column_for_each_that_answers_and_is_for_two_or_more() -> None:
+    Path("results/published").mkdir(parents=True)
+    said = []
+    for study, losses in (("sums", {"full": 0.1}), ("pronunciation", {"full": 0.2, "r1": 0.3})):
+        write_losses(losses, study=study, task=study)
+        results_folder(study).rename((Path("results/published") / study).absolute())
+        said.append(show_worlds())
+    assert said[0] == "" and "in toy, sums; in toy, pronunciation. The band is ±2.5 %" in said[1]
+    assert "feed-forward alone" in WORLDS_FIGURE.read_text()
+    assert world_answers()["ahead"].round().tolist() == [11, 0, -11]
 
 
 def test_a_destroyed_base_leaves_open_what_a_sound_one_decides() -> None:
