@@ -19,8 +19,8 @@ app = typer.Typer()
 REFERENCE = "lora"
 """The reference arm of the studies that this repository publishes."""
 
-RATES_OF = "sums"
-"""The study whose learning rates other arms have, so that the runs are its own."""
+WORLDS = {"A": "sums", "B": "pronunciation", "C": "pronunciation-gemma"}
+"""The study of each world, whose rates and seeds other arms have, so that the runs are its own."""
 
 GRID = (0.1, 0.3, 1, 3, 10)
 """Learning rates to try, as multiples of a method's own: as many for every arm."""
@@ -36,8 +36,11 @@ def new_study(
     ] = REFERENCE,
     model: Annotated[
         str | None,
-        typer.Option(help="A name in models.yaml; default: that of studies/base.yaml. With toy it takes minutes."),
+        typer.Option(help="A name in models.yaml; default: that of the world. With toy it takes minutes."),
     ] = None,
+    world: Annotated[
+        str, typer.Option(help="A: sums. B: pronunciation, on real data. C: pronunciation with Gemma-3-270M.")
+    ] = "A",
 ) -> None:
     """Write a study of your own method: equal trials, pairs of seeds, an A/A arm; and say what it costs."""
     from peftscope.methods.from_file import name_of
@@ -46,12 +49,12 @@ def new_study(
     check_experiment_name(name)
     others = [other.strip() for other in against.split(",") if other.strip()]
     study = EXPERIMENTS / f"{name}-study.yaml"
-    text = study_text(file, others, model)
+    text = study_text(file, others, model, world)
     contents = {METHOD_FILES / f"{name}.py": file.read_text(encoding="utf-8"), study: text}
     for path, content in contents.items():
         if path.is_file() and path.read_text(encoding="utf-8") != content:
             raise InputError(Problem(str(path), "is there with another content", "remove it, or rename your file"))
-    trained = tried(file, model)
+    trained = tried(file, model or yaml.safe_load(text).get("fixed", {}).get("model"))
     written = [path for path in contents if not path.is_file()]
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,11 +86,11 @@ def tried(file: Path, model: str | None) -> str:
     return f"{method.label} took two steps on the toy model. Of {model} it trains {said}."
 
 
-def study_text(file: Path, others: list[str], model: str | None) -> str:
-    """Returns the experiment file of a study.
+def study_text(file: Path, others: list[str], model: str | None, world: str = "A") -> str:
+    """Returns the experiment file of a study in one of ``WORLDS``.
 
     Raises:
-        InputError: The file holds no method or one with a name that is taken, or another method is unknown.
+        InputError: The file holds no method or one with a name that is taken, or another method or the world is unknown.
     """
     from peftscope.methods import METHODS, versions_of
     from peftscope.methods.from_file import load_file, name_of
@@ -108,10 +111,17 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
     if unknown := [name for name in others if name not in trained] or [""] * (not others):
         message = f"no method to compare with (got {unknown[0]!r})"
         raise InputError(Problem("against", message, close_match(unknown[0], trained)))
+    if world not in WORLDS:
+        raise InputError(Problem("--world", f"no such world (got {world!r})", f"one of {', '.join(WORLDS)}"))
     if model is not None:
         find_model(model)
     arms = sorted(dict.fromkeys(others), key=lambda name: name != REFERENCE)
-    known = read_experiment(shipped(EXPERIMENTS / "studies" / f"{RATES_OF}.yaml")).study
+    base, there = (
+        read_experiment(shipped(EXPERIMENTS / "studies" / f"{name}.yaml")) for name in ("base", WORLDS[world])
+    )
+    fixed = {field: value for field, value in there.fixed.items() if value != base.fixed.get(field)}
+    fixed |= {"model": model} if model else {}
+    known = there.study
     defaults = read_experiment(shipped(EXPERIMENTS / "defaults.yaml")).methods
     assert known is not None
 
@@ -119,18 +129,20 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
         usual = method.run_defaults if name == own else {**METHODS[name].run_defaults, **defaults.get(name, {})}
         return known.learning_rates.get(name) or [rounded(usual["learning_rate"] * factor) for factor in GRID]
 
-    # The runs that `sums` has of these arms are shared: they have the same ids.
+    # The runs that the world's study has of these arms are shared: they have the same ids.
     shares = model is None and arms[0] == REFERENCE
     names = [*arms, own]
     study: dict[str, Any] = {
         "arms": {name: {"method": name} | (known.arms.get(name, {}) if shares else {}) for name in names},
-        "learning_rates": {name: rates(name) for name in names if name != REFERENCE},
+        "learning_rates": {name: rates(name) for name in names if name != REFERENCE or fixed},
     }
     drawn = METHODS[arms[0]]().draws_start
-    if not shares:
-        study["pilot"] = None  # its A/A pairs are of another model or reference
-    elif centres := {name: rate for name, rate in known.centres.items() if name.removesuffix(A_A) in arms}:
-        study |= {"centres": centres, "tuning": {"retention_tokens": 0, "retention_every": 0}}
+    if not shares or fixed:
+        study["pilot"] = None  # its A/A pairs are of another world, model or reference
+    if shares:
+        study |= {"seeds": known.seeds} if fixed else {}
+        study["tuning"] = {"retention_tokens": 0, "retention_every": 0}
+        study["centres"] = {name: rate for name, rate in known.centres.items() if name.removesuffix(A_A) in arms}
     if arms[0] != REFERENCE:  # what `base` says of the reference is taken back
         study["a_a"] = arms[0] if drawn else None  # what draws nothing at its start would repeat itself
         for field in ("arms", "learning_rates"):
@@ -146,7 +158,7 @@ def study_text(file: Path, others: list[str], model: str | None) -> str:
         "title": f"{method.label} against {', '.join(METHODS[name].label for name in arms)}",
         "description": description,
         "extends": "base",
-        **({"fixed": {"model": model}} if model else {}),
+        **({"fixed": fixed} if fixed else {}),
         "study": study,
     }
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
