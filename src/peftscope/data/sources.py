@@ -7,6 +7,7 @@ import math
 import random
 import re
 import string
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,6 +295,10 @@ def _wheel(name: str, source: WheelDataSource, facts: dict[str, str]) -> Iterato
             lines = path.read_text(encoding="utf-8").splitlines()
         except ValueError:
             raise InputError(Problem(f"{where}.source.file", f"{source.file} is not text")) from None
+        notice = path.with_name("LICENSE")
+        if notice.is_file():
+            facts["notice"] = notice.read_text(encoding="utf-8", errors="replace")
+            print(f"task {name}: {facts['notice'].partition(chr(10))[0]}; its notice is in manifest.json", file=sys.stderr)
         for number, line in enumerate(lines, 1):
             found = _PRONUNCIATION.fullmatch(line)
             if found is None:
