@@ -90,7 +90,7 @@ def study_text(file: Path, others: list[str], model: str | None, world: str = "A
     """Returns the experiment file of a study in one of ``WORLDS``.
 
     Raises:
-        InputError: The file holds no method or one with a name that is taken, or another method or the world is unknown.
+        InputError: The file holds no method or one with a name that is taken, or the world or a method is unknown.
     """
     from peftscope.methods import METHODS, versions_of
     from peftscope.methods.from_file import load_file, name_of

@@ -297,8 +297,8 @@ def _wheel(name: str, source: WheelDataSource, facts: dict[str, str]) -> Iterato
             raise InputError(Problem(f"{where}.source.file", f"{source.file} is not text")) from None
         notice = path.with_name("LICENSE")
         if notice.is_file():
-            facts["notice"] = notice.read_text(encoding="utf-8", errors="replace")
-            print(f"task {name}: {facts['notice'].partition(chr(10))[0]}; its notice is in manifest.json", file=sys.stderr)
+            facts["notice"] = text = notice.read_text(encoding="utf-8", errors="replace")
+            print(f"task {name}: {text.partition(chr(10))[0]} See manifest.json.", file=sys.stderr)
         for number, line in enumerate(lines, 1):
             found = _PRONUNCIATION.fullmatch(line)
             if found is None:

@@ -20,9 +20,9 @@ def spoken_finding(finding: dict[str, Any]) -> str:
     if finding["found"] is None:
         return "-"
     where = f" on {finding['model']}" if finding.get("elsewhere") else ""
-    if not finding.get("answer"):
+    if not (answer := finding.get("answer")):
         return measured(finding) + where
-    return where.join((finding["answer"], "")) + spread(finding, sides=bool(re.search(r" (ahead of|behind)( |$)", finding["answer"])))
+    return f"{answer}{where}" + spread(finding, sides=bool(re.search(r" (ahead of|behind)( |$)", answer)))
 
 
 def measured(part: dict[str, Any]) -> str:

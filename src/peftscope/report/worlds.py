@@ -41,7 +41,7 @@ def world_answers() -> pd.DataFrame:
 
 
 def show_worlds() -> str:
-    """Draws the figure of worlds, and returns what it shows in words; empty where fewer than two worlds have answers."""
+    """Draws the figure of worlds, and returns what it shows in words; empty where fewer than two have answers."""
     table = world_answers()
     worlds = list(dict.fromkeys(table["world"])) if len(table) else []
     if len(worlds) < 2:
