@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ RUNS_AT_ONCE = 2
 
 
 def what_would_decide(claim: Claim, finding: dict[str, Any]) -> str:
-    """Returns what would decide a claim that is open or not run, with its price; empty for other verdicts.
+    """Returns what would decide a claim that is open or not run, with its price on two cores; else nothing.
 
     The entry's own words come first. Otherwise it is what a part waits for, the experiment that has not run, the rates
     that its studies lack (arms that ran at one chosen rate run at three, with the same seeds), or further seeds.
@@ -45,6 +46,7 @@ def _next_step(part: dict[str, Any]) -> str:
     return (_further_runs(part) if "study" in asked else "") or _further_seeds(part)
 
 
+@cache
 def _whole(experiment: str) -> str:
     """Returns how to run an experiment, with its runs and the time that they are estimated to take."""
     settings = read_experiment(experiment_path(experiment))
@@ -54,7 +56,7 @@ def _whole(experiment: str) -> str:
         return f"`make gpu-check`, {len(specs)} runs, {spoken_time(sum(map(forecaster.seconds, specs)))} of a card"
     at_once = RUNS_AT_ONCE if settings.study else 1
     seconds = sum(estimate_seconds(spec, one_thread=at_once > 1) for spec in specs) / at_once
-    return f"`make report EXPERIMENT={experiment}`, {len(specs)} runs, {spoken_time(seconds)} on two cores"
+    return f"`make report EXPERIMENT={experiment}`, {len(specs)} runs, {spoken_time(seconds)}"
 
 
 def _further_runs(part: dict[str, Any]) -> str:
@@ -69,8 +71,8 @@ def _further_runs(part: dict[str, Any]) -> str:
         return ""
     runs = pd.concat([study.arm_runs(arm) for arm in arms])
     price = spoken_time(2 * float(runs["wall_seconds"].sum()) / RUNS_AT_ONCE)
-    names = "; ".join(study.labels[arm] for arm in arms)
-    return f"three rates for {names}: {2 * len(runs)} further runs, {price} on two cores"
+    names = "; ".join(map(study.labels.__getitem__, arms))
+    return f"three rates for {names}: {2 * len(runs)} runs, {price}"
 
 
 def _further_seeds(part: dict[str, Any]) -> str:
@@ -80,4 +82,4 @@ def _further_seeds(part: dict[str, Any]) -> str:
         return ""
     runs = StudyResults(part["with"]["study"]).table.set_index("run_id").loc[part["run_ids"], "wall_seconds"]
     more = int(pairs[1]) - part["n"]
-    return f"{more} further seeds, {spoken_time(more * float(runs.sum()) / part['n'] / RUNS_AT_ONCE)} on two cores"
+    return f"{more} further seeds, {spoken_time(more * float(runs.sum()) / part['n'] / RUNS_AT_ONCE)}"
