@@ -242,7 +242,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("src", "experiments", "results/published"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(REPOSITORY / name, folder / name, ignore=ignored)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(REPOSITORY / name, folder)
     return folder
 

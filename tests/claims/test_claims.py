@@ -500,6 +500,13 @@ def test_one_claim_is_measured_and_shown_with_its_evidence(peftscope: Command) -
     assert asked <= finding.keys() and (finding["id"], finding["verdict"]) == ("S13", "holds")
 
 
+def test_the_skeleton_of_a_claim_says_what_it_lacks(own_folder: Path, peftscope: Command) -> None:
+    Path("experiments/claims.yaml").write_text(file_of(ENTRY | {"id": "P7"}))
+    code, said, _ = peftscope("claims", "--add")
+    assert code == 0 and "P8.source: " in said and "P8.parts[0].measures: " in said and "P7." not in said
+    assert list(yaml.safe_load(Path("experiments/claims.yaml").read_text())["claims"].values())[-1].keys() == {"P7", "P8"}
+
+
 def test_a_verdict_says_that_its_rule_moved_it_after_its_result_was_seen() -> None:
     words = {"claim": "S13", "was": "one rule.", "became": "another.", "why": "a reason."}
     before = {"2026-01-01": "wrong", "2026-01-02": "not run", "2026-01-03": "open"}

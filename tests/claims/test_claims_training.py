@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from ledger_parts import part_with, write_results
+from ledger_parts import changed_part, claims, part_with, write_results
 
 from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION
 from peftscope.claims.checks import answers, subspaces, training
-from peftscope.claims.evaluate import evaluate_part
+from peftscope.claims.evaluate import evaluate, evaluate_part
+from peftscope.claims.ledger import Part
 from peftscope.claims.measurement import NotRunError
+from peftscope.claims.stored import unexplained_changes
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.layout import results_folder
 from peftscope.planning.published import ITEMS
+from peftscope.report.spoken import spoken_finding, spoken_verdict
+from peftscope.report.worlds import WORLDS_FIGURE, show_worlds, world_answers
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 COARSE = [10 ** (-k / 2) for k in range(4, 11)]
@@ -123,18 +128,19 @@ DIMENSIONS = [10, 100, 1000, 10_000, 100_000]
 
 
 def write_subspaces(middle: float, noise: float = 0.005) -> None:
-    """Writes the arms of a study whose share of full fine-tuning's gain rises over log d, to a half at ``middle``.
+    """Writes the arms of a study whose share of full fine-tuning's gain rises over log d, to a half at ``middle``."""
+    write_losses({"full": 0.1} | {f"d{d}": 1.1 - 1 / (1 + (middle / d) ** 2) for d in DIMENSIONS}, noise)
 
-    Shuffled labels reach 1.1 nats, LoRA 0.2 and full fine-tuning 0.1.
-    """
+
+def write_losses(of_arms: dict[str, float], noise: float = 0.001, study: str = "synthetic", task: str = "sums") -> None:
+    """Writes the arms of a study with their losses. Shuffled labels reach 1.1 nats, and LoRA 0.2 if nothing is said."""
     random = np.random.default_rng(1)
-    losses = {"arm-lora": 0.2, "arm-full": 0.1, "control-shuffled-labels-lora": 1.1}
-    for d in DIMENSIONS:
-        losses[f"arm-d{d}"] = 1.1 - 1 / (1 + (middle / d) ** 2)
+    losses = {f"arm-{arm}": loss for arm, loss in ({"lora": 0.2} | of_arms).items()}
+    losses["control-shuffled-labels-lora"] = 1.1
     rows = [
         {"run_id": f"{name}-{seed}", "comparisons": name, HELDOUT: loss + noise * random.standard_normal()}
         | {"seed": seed, "status": "ok", "method": "x", "base_weights": ""}
-        | {"dimension": float(name[5:]) if name[4] == "d" else None}
+        | {"dimension": float(name[5:]) if name[5:].isdigit() else None}
         for name, loss in losses.items()
         for seed in range(3)
     ]
@@ -144,7 +150,7 @@ def write_subspaces(middle: float, noise: float = 0.005) -> None:
     table = pd.DataFrame([*rows, base, *tunes])
     table.loc[table["comparisons"] == "arm-lora", "comparisons"] += " control-shuffled-labels-lora"
     chosen = {"learning_rate": 1e-2, "tried": [], "regret_rms": 0.005}
-    write_results("synthetic", table, dict.fromkeys(arms, chosen), model="toy", task="sums", learning_rate=1e-2)
+    write_results(study, table, dict.fromkeys(arms, chosen), model="toy", task=task, learning_rate=1e-2)
 
 
 def test_a_gain_that_comes_late_moves_the_intrinsic_dimension_out_of_its_range() -> None:
@@ -168,6 +174,55 @@ def test_a_gain_that_comes_late_moves_the_intrinsic_dimension_out_of_its_range()
     assert found().value == 10 and judge(rule, found())[0] is Verdict.WRONG
     write_subspaces(middle=300, noise=0.3)
     assert judge(rule, found())[0] is Verdict.OPEN
+
+
+def test_claims_on_ranks_and_dora_flip_with_the_rates_and_the_losses_of_their_arms() -> None:
+    def verdicts(*parts: Part, **more: int) -> str:
+        return ", ".join(evaluate_part(changed_part(part, study="synthetic", **more)).verdict for part in parts)
+
+    rates = part_with("P52", "training.learning_rate_ratio"), part_with("P53", "training.learning_rate_spread")
+    ranks = rates[1].with_["arms"]
+    for best, said in ((2e-3, "holds, wrong"), (1e-4, "wrong, holds")):
+        write_study(dict.fromkeys(ranks, 2e-3) | {"r64": best}, noise=0.003)
+        assert verdicts(*rates, resamples=300) == said
+    ends = [part_with(claim, f"training.{check}") for claim, check in (("P50", "heldout_gain"), ("P53", "closest"))]
+    ends.append(part_with("P54", "training.heldout_gain"))
+    for loss, said in ((0.3, "holds, wrong, wrong"), (0.1, "wrong, holds, holds")):
+        write_losses(dict.fromkeys(ranks, 0.2) | {"full": loss, "dora": loss})
+        assert verdicts(*ends) == said
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (0.1, "holds in 2 of 2 worlds"),
+        (0.5, "holds in part: holds in toy, sums, wrong in toy, words"),
+        (0.2, "holds: holds in toy, sums, open in toy, words"),
+    ],
+)
+def test_one_rule_judges_a_claim_in_every_world_that_has_run(there: float, said: str) -> None:
+    def judged() -> dict[str, Any]:
+        (finding,) = evaluate([claims()["P50"]])
+        return finding.to_json("")
+
+    write_losses({"r1": 0.1, "full": 0.2}, study="ranks")
+    assert spoken_verdict(judged()) == "holds here (1 world)"
+    write_losses({"r1": there, "full": 0.2}, study="pronunciation", task="words")
+    found = judged()
+    assert spoken_verdict(found) == said and " on toy, words (" in spoken_finding(found)
+    assert not list(unexplained_changes([claims()["P50"]], [], [found]))
+
+
+def test_the_figure_of_worlds_has_a_column_for_each_that_answers_and_is_for_two_or_more() -> None:
+    Path("results/published").mkdir(parents=True)
+    said = []
+    for study, losses in (("sums", {"full": 0.1}), ("pronunciation", {"full": 0.2, "r1": 0.3})):
+        write_losses(losses, study=study, task=study)
+        results_folder(study).rename((Path("results/published") / study).absolute())
+        said.append(show_worlds())
+    assert said[0] == "" and "in toy, sums; in toy, pronunciation. The band is ±2.5 %" in said[1]
+    assert "feed-forward alone" in WORLDS_FIGURE.read_text()
+    assert world_answers()["ahead"].round().tolist() == [11, 0, -11]
 
 
 def test_a_destroyed_base_leaves_open_what_a_sound_one_decides() -> None:

@@ -26,6 +26,7 @@ def found_with(part: Part, **changed: Any) -> PartFinding:
 
 
 TORCHS = {"optimizer": "torch.optim.AdamW"}
+GRPO = {"checkpointing": True, "loss_path": "response_only"}
 AUTOCAST = {"32-bit weights under autocast": {"precision": "amp"}}
 
 WORLDS: list[tuple[str, str, dict[str, Any], peft.World]] = [
@@ -135,6 +136,7 @@ NUMBERS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("S70", "merging.model_formula_error", {}, {"targets": ["lm_head"]}),
     ("P57", "gradients.share_in_first_gradient", {"factor": "B", "optimizer": "SGD"}, {"steps": 1}),
     ("P67", "memory.share_of_peak", {}, {"run": {"method": "lora", "seq_len": 64}}),
+    ("P59", "memory.share_of_peak", {}, {"run": {"method": "full", "batch_size": 16, "seq_len": 512, **GRPO}}),
     ("P61", "published_runs.methods_that_dominate", {"run": "lora"}, {"run": "ia3"}),
 ]
 """A claim, a check with some of its parameters, and the other numbers with which it is decided otherwise."""

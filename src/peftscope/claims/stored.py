@@ -87,7 +87,8 @@ def unexplained_changes(
         if claim.id not in before:
             continue
         deciding = [part for part in claim.parts if part.decides]
-        decided = [part for part in before[claim.id]["parts"] if part["role"] != "beside"]
+        stored = [part for part in before[claim.id]["parts"] if not part.get("elsewhere")]
+        decided = [part for part in stored if part["role"] != "beside"]
         same = len(deciding) == len(decided) and all(map(_decides_alike, deciding, decided))
         entries = [change.model_dump(mode="json", exclude_none=True) for change in history if change.claim == claim.id]
         if not same and all(entry in before[claim.id]["history"] for entry in entries):

