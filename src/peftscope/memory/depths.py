@@ -61,7 +61,7 @@ class _Depths:
 def phases_by_depth(config: Any, simulate_at: Simulate) -> dict[str, int] | None:
     """Returns the tensor bytes at the peak of each phase on a processor; None if shallow models cannot tell."""
     found = _simulate_depths(config, simulate_at, shallow_layers(config), paged=True)
-    return found and {phase: found.deep(key) for phase, key in found.largest().items()}
+    return None if found is None else {phase: found.deep(key) for phase, key in found.largest().items()}
 
 
 def shallow_layers(config: Any) -> dict[str, list[str]]:

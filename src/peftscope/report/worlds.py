@@ -34,9 +34,9 @@ def world_answers() -> pd.DataFrame:
                 found, scale = study.difference(arm, study.reference), 100 / study.task_gain
             except InputError:
                 continue  # the arm has not run there
-            low, high = (scale * end for end in found.interval())
-            row = {"world": study.subject, "question": question, "ahead": scale * found.mean}
-            rows.append(row | {"below": row["ahead"] - low, "above": high - row["ahead"]})
+            low, high = found.interval()
+            reach = {"below": scale * (found.mean - low), "above": scale * (high - found.mean)}
+            rows.append({"world": study.subject, "question": question, "ahead": scale * found.mean} | reach)
     return pd.DataFrame(rows)
 
 
@@ -46,7 +46,7 @@ def show_worlds() -> str:
     worlds = list(dict.fromkeys(table["world"])) if len(table) else []
     if len(worlds) < 2:
         return ""
-    with new_figure(WORLDS_FIGURE, 2 + 2.6 * len(worlds), 3.4, 1, len(worlds), sharex=True, sharey=True) as columns:
+    with new_figure(WORLDS_FIGURE, 2 + 2.6 * len(worlds), 3.4, len(worlds), sharex=True, sharey=True) as columns:
         for axes, world in zip(columns, worlds, strict=True):
             rows = table[table["world"] == world].set_index("question").reindex(list(QUESTIONS.values()))
             axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="0.5", alpha=0.25, linewidth=0)
