@@ -88,7 +88,7 @@ def claims(
         write_findings(ledger, found)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
-        return None
+        return
     console = wide_console()
     table = Table("id", "verdict", "claimed", "found", "claim", "holds for", box=None)
     for finding in found:
