@@ -83,7 +83,9 @@ def execute(
     try:
         record.provenance = provenance(spec, rank) | {
             "alone": alone,
+            # Those of the training; beside others, a run that takes turns has fewer.
             "threads": phases.turns.threads if phases.turns else torch.get_num_threads(),
+            "threads_beside": torch.get_num_threads() if phases.turns else None,
             "start": start_provenance(spec),
         }
         if spec.shards > 1:

@@ -98,8 +98,9 @@ def repeat_runs(runs: list[tuple[str, RunRecord]]) -> Iterator[Repeat]:
     with tempfile.TemporaryDirectory(prefix="peftscope-verify-") as place:
         for experiment, published in runs:
             folder, began = Path(place) / published.run_id, time.monotonic()
-            threads = str(published.provenance.get("threads", 0))
-            run_apart(published.run_id, published.spec, folder, "--threads", threads, "--shared")
+            threads, beside = (published.provenance.get(name) or 0 for name in ("threads", "threads_beside"))
+            options = ["--threads", str(beside or threads), "--timed-threads", str(threads if beside else 0)]
+            run_apart(published.run_id, published.spec, folder, *options, "--shared")
             path = folder / "record.json"
             if not path.is_file():
                 raise InputError(Problem(str(folder), "the run left no record", "repeat the command"))
