@@ -297,11 +297,10 @@ def answer(table: pd.DataFrame, labels: dict[str, str], arms: str = "the arms", 
     rows = sorted(tested.to_dict("records"), key=lambda row: (order.index(row["outcome"]), row["difference"] < 0))
     reference = tested["against"].iloc[0]
     own = [row for row in rows if row["against"] == reference]
-    parts, sentences = [], []
+    parts = []
     for said, alike in groupby(own, clause):
         each = [labels[row["arm"]] + number(row, " {}") for row in alike]
         parts.append(f"{len(each)} of {len(own)} {'is' if len(each) == 1 else 'are'} {said} ({listed(each, '; ')})")
-    for row in rows:
-        if row["against"] != reference:
-            sentences.append(f" {capitalised(labels[row['arm']])} is {clause(row)}{number(row, ' ({})')}.")
+    others = [row for row in rows if row["against"] != reference]
+    sentences = [f" {capitalised(labels[row['arm']])} is {clause(row)}{number(row, ' ({})')}." for row in others]
     return f"Of {arms}, {'; '.join(parts)}.{''.join(sentences)}{legend if has_numbers else ''}"
