@@ -119,8 +119,9 @@ def write_report(experiment: str) -> Path:
 
 
 def _table(folder: Path, name: str) -> str:
-    """Returns a table of an experiment's results as HTML."""
-    return (folder / "tables" / f"{name}.html").read_text()
+    """Returns a table of an experiment's results as HTML; one without rows was not written."""
+    path = folder / "tables" / f"{name}.html"
+    return path.read_text() if path.is_file() else ""
 
 
 def _weights_tables(experiment: str) -> dict[str, str]:

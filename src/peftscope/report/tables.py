@@ -241,11 +241,11 @@ def readable_predictions(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_table(experiment: str, name: str, frame: pd.DataFrame, readable: pd.DataFrame | None = None) -> None:
-    """Writes a table of an experiment with all its digits (csv) and, if there is one, its text for people (html)."""
+    """Writes a table of an experiment with all its digits (csv) and, if there is any, its text for people (html)."""
     path = results_folder(experiment) / "tables" / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     frame.to_csv(path, index=False)
-    if readable is not None:
+    if readable is not None and len(readable):
         path.with_suffix(".html").write_text(html(readable, name))
 
 
