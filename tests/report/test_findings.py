@@ -57,7 +57,7 @@ def test_a_topic_shows_the_answers_and_pictures_of_its_published_studies(own_fol
         shutil.copytree(repository / folder, folder)
     findings = published_findings()
     topic = TOPIC | {"studies": ["two-bits", "variants"]}
-    cut = [{"study": "variants-families", "why": "Others came first."}]
+    cut = {"variants-families": "Others came first."}
     Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "cut": cut}))
     page = write_findings(tuple(claims().values()), findings)
     (line,) = [line for line in page.read_text().splitlines() if line.startswith("**Do the variants differ?**")]
@@ -73,7 +73,7 @@ def test_a_topic_shows_the_answers_and_pictures_of_its_published_studies(own_fol
     [
         ({"topics": [TOPIC | {"studies": ["variant"]}]}, "One topic: no such experiment (got variant)"),
         ({"topics": [TOPIC | {"claims": ["S3456"]}]}, "One topic: no such claim (got S3456)"),
-        ({"cut": [{"study": "batches", "why": "Others came first."}]}, "cut: no such experiment (got batches)"),
+        ({"cut": {"batches": "Others came first."}}, "cut: no such experiment (got batches)"),
     ],
 )
 def test_a_name_that_does_not_exist_is_refused(changes: dict[str, Any], said: str, own_folder: Path) -> None:

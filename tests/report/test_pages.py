@@ -14,7 +14,6 @@ from peftscope.analysis.collect import collect_experiment, read_runs
 from peftscope.claims.ledger import read_ledger
 from peftscope.planning.sweep import expand
 from peftscope.record import RunRecord, write_record
-from peftscope.report.benchmarks import write_benchmarks
 from peftscope.report.claims import write_claims_page
 from peftscope.report.page import write_report
 from peftscope.report.plots import write_figures
@@ -83,7 +82,6 @@ class TestPages:
 
     def test_the_report(self, finished: str) -> None:
         write_tables(finished)
-        write_benchmarks(finished)
         write_figures(finished)
         page = Elements(write_report(finished).read_text())
         page.check()

@@ -97,11 +97,9 @@ def entropy(squares: torch.Tensor) -> dict[str, float]:
     >>> entropy(torch.tensor([1.0, 1.0, 0.0]))
     {'entropy_values': 0.693147, 'entropy_energies': 0.693147}
     """
-    found = {}
-    for name, parts in (("values", squares.double().sqrt()), ("energies", squares.double())):
-        shares = parts / parts.sum()
-        found[f"entropy_{name}"] = round(float(torch.special.entr(shares).sum()), 6)
-    return found
+    wholes = {"values": squares.double().sqrt(), "energies": squares.double()}
+    shares = {name: parts / parts.sum() for name, parts in wholes.items()}
+    return {f"entropy_{name}": round(float(torch.special.entr(each).sum()), 6) for name, each in shares.items()}
 
 
 def weights_before(base: Any, spec: RunSpec) -> dict[str, torch.Tensor]:

@@ -46,8 +46,8 @@ def write_runs(folder: Path, runs: Iterable[Path]) -> list[Path]:
         records.append({"run_id": run.name, "record": text})
         losses += [{"run_id": run.name, **row} for row in loss_rows(json.loads(text))]
         if (run / "items.jsonl").is_file():
-            for line in (run / "items.jsonl").read_text().splitlines():
-                items.append({"run_id": run.name, **dict.fromkeys(_ITEM_FIELDS), **json.loads(line)})
+            lines = (run / "items.jsonl").read_text().splitlines()
+            items += [{"run_id": run.name, **dict.fromkeys(_ITEM_FIELDS), **json.loads(line)} for line in lines]
     written = [_write(folder / name, rows) for name, rows in ((RECORDS, records), (ITEMS, items), (LOSSES, losses))]
     for path in written:
         if path.stat().st_size > LARGEST_BYTES:

@@ -119,8 +119,9 @@ def write_report(experiment: str) -> Path:
 
 
 def _table(folder: Path, name: str) -> str:
-    """Returns a table of an experiment's results as HTML."""
-    return (folder / "tables" / f"{name}.html").read_text()
+    """Returns a table of an experiment's results as HTML; one without rows was not written."""
+    path = folder / "tables" / f"{name}.html"
+    return path.read_text() if path.is_file() else ""
 
 
 def _weights_tables(experiment: str) -> dict[str, str]:
@@ -206,31 +207,22 @@ def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _warnings(runs: pd.DataFrame) -> list[str]:
-    found = []
-    if runs["git_commit"].nunique() > 1:
-        found.append(
-            "These runs come from more than one commit of the code. A difference between two of them may come from a "
-            "change of the code; the changelog lists such changes as results-affecting."
-        )
-    if runs["git_dirty"].eq(True).any():
-        found.append("Some runs come from a working tree with uncommitted changes.")
-    if runs["cpu"].nunique() > 1 or runs["gpu"].nunique() > 1:
-        found.append("These runs come from more than one kind of machine. Their speeds are not comparable.")
-    if runs["bf16_products"].nunique() > 1:
-        found.append(
-            "Some of these runs computed products of bf16 matrices natively, others in fp32. Their losses differ by "
-            "rounding, and their speeds are not comparable."
-        )
-    if cards := [card for card in runs["gpu"].dropna().unique() if without_bf16(card)]:
-        named = ", ".join(cards)
-        found.append(f"{named} computes no bf16 products itself: compare the memory of these runs, not their times.")
-    unfinished = runs[runs["status"] != "ok"]
-    if len(unfinished):
-        found.append(
-            f"{len(unfinished)} of {len(runs)} runs did not end well; see the table of all runs. In a comparison, a "
-            "run that diverged counts with the loss of the untouched base."
-        )
-    return found
+    cards = ", ".join(card for card in runs["gpu"].dropna().unique() if without_bf16(card))
+    lost = int((runs["status"] != "ok").sum())
+    said = {
+        "These runs come from more than one commit of the code. A difference between two of them may come from a "
+        "change of the code; the changelog lists such changes as results-affecting.": runs["git_commit"].nunique() > 1,
+        "Some runs come from a working tree with uncommitted changes.": runs["git_dirty"].eq(True).any(),
+        "These runs come from more than one kind of machine. Their speeds are not comparable.": (
+            runs["cpu"].nunique() > 1 or runs["gpu"].nunique() > 1
+        ),
+        "Some of these runs computed products of bf16 matrices natively, others in fp32. Their losses differ by "
+        "rounding, and their speeds are not comparable.": runs["bf16_products"].nunique() > 1,
+        f"{cards} computes no bf16 products itself: compare the memory of these runs, not their times.": cards,
+        f"{lost} of {len(runs)} runs did not end well; see the table of all runs. In a comparison, a run that diverged "
+        "counts with the loss of the untouched base.": lost,
+    }
+    return [warning for warning, holds in said.items() if holds]
 
 
 def _materials(runs: pd.DataFrame) -> list[dict[str, Any]]:

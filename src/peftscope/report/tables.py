@@ -210,11 +210,11 @@ def predictions(runs: pd.DataFrame) -> pd.DataFrame:
     CUDA's evaluation is left out: its measured peak also covers generation, its prediction only one held-out batch.
     """
     runs = runs[runs["status"] == "ok"]
-    parts = []
-    for name, column in PREDICTED.items():
-        both = runs[["run_id", "label", "method", "device", f"predicted_{column}", column]]
-        both = both.set_axis(["run_id", "label", "method", "device", "predicted_bytes", "measured_bytes"], axis=1)
-        parts.append(both.assign(peak=name))
+    about = runs[["run_id", "label", "method", "device"]]
+    parts = [
+        about.assign(predicted_bytes=runs[f"predicted_{column}"], measured_bytes=runs[column], peak=name)
+        for name, column in PREDICTED.items()
+    ]
     found = pd.concat(parts, ignore_index=True).dropna(subset=["predicted_bytes", "measured_bytes"])
     found = found[~((found["device"] == "cuda") & (found["peak"] == "evaluation"))]
     return found.assign(error_percent=100 * (found["predicted_bytes"] / found["measured_bytes"] - 1))
@@ -241,11 +241,11 @@ def readable_predictions(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_table(experiment: str, name: str, frame: pd.DataFrame, readable: pd.DataFrame | None = None) -> None:
-    """Writes a table of an experiment with all its digits (csv) and, if there is one, its text for people (html)."""
+    """Writes a table of an experiment with all its digits (csv) and, if there is any, its text for people (html)."""
     path = results_folder(experiment) / "tables" / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     frame.to_csv(path, index=False)
-    if readable is not None:
+    if readable is not None and len(readable):
         path.with_suffix(".html").write_text(html(readable, name))
 
 
