@@ -88,7 +88,7 @@ def fuse_loss(model: Any, loss_function: Any, chunked: Callable[..., torch.Tenso
         return x if model.training else project(x)
 
     head.forward = take
-    loss_function._loss = lambda x, labels, vocab_size, num_items_in_batch, **_: loss_of(x).sum() / num_items_in_batch
+    loss_function._loss = lambda logits, *_, num_items_in_batch, **__: loss_of(logits).sum() / num_items_in_batch
 
 
 def drop_as_on_cuda(model: torch.nn.Module) -> None:

@@ -15,8 +15,6 @@ STRATEGIES = {"no_shard": 0, "3": 0} | dict.fromkeys(HALF_SHARDED, 2)
 """FSDP's strategies that leave weights whole, by name or number, and the stage of each; false: after a forward pass."""
 MIXED = "accelerate 1.15, utils/fsdp_utils.py:820 and accelerator.py:2037; DeepSpeed does the same"
 """What keeps trained weights in fp32 under mixed precision."""
-CAST = "DeepSpeed at 38327e0, runtime/engine.py:1231: with bf16 it casts the whole module"
-"""What leaves nothing in fp32 that PEFT or a trainer widened."""
 OFFLOADS = {"optimizer": "optimizer", "param": "parameters"}
 """What DeepSpeed's keys call the parts that it offloads, and the option for each, the larger last."""
 STRATEGY_KEYS = (
@@ -60,7 +58,7 @@ def read_sharding(reading: Reading, *, mixed: bool) -> None:
         reading.assume("master_weights", "fp32", MIXED)
         if reading.by_deepspeed and "adapter_dtype" in METHODS[reading.options["method"]].model_fields:
             reading.assumed = [line for line in reading.assumed if "adapter_dtype=" not in line]
-            reading.assume("adapter_dtype", "base", CAST)
+            reading.assume("adapter_dtype", "base", "DeepSpeed at 38327e0, runtime/engine.py:1231: .bfloat16() of all")
             reading.options.pop("modules_to_save_dtype", None)
 
 

@@ -8,12 +8,10 @@ from peftscope.memory.formula.decoder import keep_positions
 from peftscope.memory.formula.linear import TapedModel
 from peftscope.memory.tape import Gradients, Shaped
 
+# Source: TRL 1.16.0, sft_trainer.py: compute_loss; ml-cross-entropy at d42911f, PatchOptions.train_only is off;
+# liger-kernel 0.8.5, transformers/model/llama.py: skip_logits is on in training alone.
 ALSO_IN_EVALUATION = ("chunked", "cut-cross-entropy")
-"""Losses that an evaluation takes, too; with Liger's it computes logits.
-
-Source: TRL 1.16.0, sft_trainer.py: compute_loss; ml-cross-entropy at d42911f, PatchOptions.train_only is off;
-liger-kernel 0.8.5, transformers/model/llama.py: skip_logits is on in training alone.
-"""
+"""Losses that an evaluation takes, too; with Liger's it computes logits."""
 
 
 def fused_loss(model: TapedModel, x: Shaped, *, kept: bool = False) -> Shaped:
