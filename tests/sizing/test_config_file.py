@@ -509,7 +509,7 @@ def test_rows_set_options_that_exist_and_name_the_sources_of_their_defaults(
 
 
 def test_an_option_of_the_command_line_stands_in_for_a_value_that_is_not_modelled(tmp_path: Path) -> None:
-    odd = FILES["axolotl"] | {"attn_implementation": "flex_attention"}
+    odd = FILES["axolotl"] | {"attn_implementation": "sage"}
     assert "give --attention" in complaint(tmp_path, odd)
     assert question(tmp_path, odd, attention="sdpa").spec.attention == "sdpa"
 

@@ -86,7 +86,7 @@ class Beside(BaseModel):
         bool, Field(description="linear layers of the base in 8 bits, as bitsandbytes' LLM.int8() stores them")
     ] = False
     optimizer_states: Annotated[
-        Literal["own", "adafactor", "lion", "lion_8bit", "muon", "galore", "apollo"],
+        Literal["own", "adamw_torch_4bit", "adafactor", "lion", "lion_8bit", "muon", "galore", "apollo"],
         Field(description="of an optimizer that runs here do not have, by formula; --optimizer takes these names, too"),
     ] = "own"
     optimizer_rank: Annotated[int, Field(gt=0, description="rank of the states of galore and apollo")] = 128

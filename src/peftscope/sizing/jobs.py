@@ -50,6 +50,9 @@ SIGNS: dict[str, tuple[Sign, ...]] = {
         Sign("training of layers in turn (LISA)", "lisa_n_layers"),
     ),
     "LLaMA-Factory": (
+        Sign("training by Megatron", "tensor_model_parallel_size|pipeline_model_parallel_size"),
+        Sign("experts on the host (KTransformers)", "use_kt"),
+        Sign("fine-tuning with a second model (ASFT)", "use_asft_loss"),
         Sign(SUPERVISED, "stage", "^(sft|pt)$", without="export_dir|do_predict|infer_backend|tokenized_path"),
         Sign("quantisation", "export_quantization_bit"),
         Sign("merging", "export_dir"),
@@ -95,14 +98,15 @@ def job_of(trainer: str, path: Path, values: Mapping[str, Any]) -> tuple[str, st
         values: The content; keys of nested mappings are joined by dots.
     """
     built_on_trl = trainer in ("TRL", "alignment-handbook")
+    named = NAMED.search("/".join(path.absolute().parts[-2:])) if built_on_trl else None
     for sign in SIGNS["TRL"] if built_on_trl else SIGNS.get(trainer, ()):
         for key, value in values.items():
             if value in OFF or not re.fullmatch(sign.key, key) or not re.search(sign.value, str(value)):
                 continue
             if sign.without and any(re.fullmatch(sign.without, name) for name in values):
                 continue
-            return sign.job or str(value).lower(), key
-    named = NAMED.search("/".join(path.absolute().parts[-2:])) if built_on_trl else None
+            job = named[1].lower() if named and sign.job == "dpo" else sign.job  # KTO and ORPO have keys of DPO
+            return job or str(value).lower(), key
     return (named[1].lower(), "the name of the file") if named else (SUPERVISED, "")
 
 
