@@ -61,6 +61,7 @@ def unquantised_experts(question: Question, blocks: Iterable[Block]) -> list[str
 
 LOGPROBS = {
     "chunked": "as in TRL 1.16.0 (since 1.15): tiles of logits at the positions that carry a loss",
+    "whole": "as in LLaMA-Factory (formula only): log-softmax of all rows at once, beside their logits in 32 bits",
     "full": "as in TRL 0.24.0 (before 1.15): logits of every position, or with grpo of the completions",
 }
 
@@ -78,8 +79,9 @@ def _loss(question: Question) -> list[str]:
     job = JOBS[beside.job]
     lines = [f"job={beside.job}: batch_size counts {job.items}; {question.rows} rows in the pass of the loss"]
     lines += [] if job.drops else ["dropout=0: TRL's disable_dropout"]
-    if beside.reference and beside.logprobs:
+    if beside.logprobs:
         lines.append(f"logprobs={beside.logprobs}, {LOGPROBS[beside.logprobs]}; answers have {responses}")
+    if beside.reference:
         lines.append(f"reference={beside.reference}; its passes in a step: {passes_of(beside).count('reference')}")
     if beside.job == "grpo":
         lines.append("the completions are given: their generation, by vLLM or by the model itself, is left out")

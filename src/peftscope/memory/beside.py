@@ -58,8 +58,11 @@ class Beside(BaseModel):
         Field(description="of dpo, kto, grpo; TRL's default: an adapter that is disabled, else a copy; none with grpo"),
     ] = None
     logprobs: Annotated[
-        Literal["chunked", "full"] | None,
-        Field(description="of dpo, kto, grpo: in tiles, TRL's way since 1.15 and the default, or of all logits"),
+        Literal["chunked", "full", "whole"] | None,
+        Field(
+            description="of dpo, kto, grpo: in tiles, TRL's way since 1.15 and the default; of all logits, row by row; "
+            "or of all rows at once, as in LLaMA-Factory, for orpo too"
+        ),
     ] = None
     padding: Annotated[
         Literal["none", "some"],
@@ -159,7 +162,7 @@ def with_job(spec: RunSpec, beside: Beside) -> Beside:
     terms = method.closed_form and method.closed_form.orthogonality_term
     foreign = {
         "reference": not job.scored and beside.reference not in (None, "none"),
-        "logprobs": not job.scored and beside.logprobs is not None,
+        "logprobs": not job.scored and beside.logprobs not in (None, *["whole"] * (beside.job == "orpo")),
         "loss_path": not tuned and spec.loss_path != "hf",
         "packing": not tuned and spec.packing,
         "loss": not tuned and beside.loss != "plain",
@@ -174,8 +177,10 @@ def with_job(spec: RunSpec, beside: Beside) -> Beside:
         raise InputError(Problem("reference", f"{method.name} has no adapter to disable", "use copy or precomputed"))
     own = "none" if not job.references else "copy" if method.trains_base else "disabled"
     way = "full" if beside.as_trainer else "chunked"  # the releases of trainers that were read have TRL before 1.15
-    scored = {"reference": beside.reference or own, "logprobs": beside.logprobs or way}
-    return beside.model_copy(update=scored if job.scored else {})
+    way = "whole" if beside.as_trainer == "llama-factory" else way
+    scored = {"reference": beside.reference or own} if job.scored else {}
+    scores = job.scored or (beside.job == "orpo" and way == "whole")
+    return beside.model_copy(update=scored | ({"logprobs": beside.logprobs or way} if scores else {}))
 
 
 def check_beside(spec: RunSpec, beside: Beside) -> None:

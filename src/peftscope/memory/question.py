@@ -136,6 +136,7 @@ class Question:
             "offload": beside.offload != "none",
             "optimizer_states": beside.optimizer_states != "own",
             "optimizer_in_bwd": beside.optimizer_in_bwd,
+            "logprobs": beside.logprobs == "whole",
         }
         return [option for option, is_asked in asked.items() if is_asked]
 

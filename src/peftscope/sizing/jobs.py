@@ -112,7 +112,7 @@ def job_of(trainer: str, path: Path, values: Mapping[str, Any]) -> tuple[str, st
 
 LOGPROBS = {
     "axolotl": ("full", "axolotl at 067b021 pins trl 1.8.0, pyproject.toml"),
-    "LLaMA-Factory": ("full", "LLaMA-Factory, train/trainer_utils.py: get_batch_logps of all logits in 32 bits"),
+    "LLaMA-Factory": ("whole", "LLaMA-Factory, train/trainer_utils.py: get_batch_logps of all logits in 32 bits"),
     "torchtune": ("full", "torchtune, rlhf/sequence_processing.py: get_batch_log_probs of all logits"),
     **dict.fromkeys(("TRL", "alignment-handbook", "PEFT"), ("chunked", "TRL 1.16.0; --logprobs full before 1.15")),
 }
@@ -133,12 +133,10 @@ def read_job(reading: Reading) -> None:
     for option in (option for option in ALONE if options.pop(option, None)):
         key = reading.keys.pop(option, option)
         reading.not_modelled.append(f"{key}: {option} is not modelled for {job}, and left out")
+    if JOBS[job].scored or (job == "orpo" and reading.trainer == "LLaMA-Factory"):
+        reading.assume("logprobs", *LOGPROBS[reading.trainer])
     if not JOBS[job].scored:
         return
-    reading.assume("logprobs", *LOGPROBS[reading.trainer])
-    if reading.trainer == "LLaMA-Factory":
-        more = "the policy's logits stay through the reference's pass, and all rows are taken at once: it takes more"
-        reading.not_modelled.append(f"train/dpo/trainer.py: {more}")
     second = reading.is_on("ref_model", "ref_model_name_or_path", "rl_adapter_ref_model")
     if reading.is_on("precompute_ref_log_probs"):
         options["reference"] = "precomputed"
