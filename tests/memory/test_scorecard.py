@@ -139,14 +139,10 @@ def test_a_point_can_be_asked_and_says_what_cannot(point: Point) -> None:
     assert set(unasked) <= set(point.asked)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(
-            row, id=row["command"], marks=[pytest.mark.slow] * any(name in row["command"] for name in SIMULATED)
-        )
-        for row in read_threads()
-    ],
-)
+SLOW = [pytest.mark.slow]
+THREADS = [pytest.param(row, marks=SLOW * any(name in row["command"] for name in SIMULATED)) for row in read_threads()]
+
+
+@pytest.mark.parametrize("row", THREADS, ids=lambda row: row["command"])
 def test_a_thread_is_answered_as_its_page_says(row: dict[str, str], in_repository: None) -> None:
     assert f"{line(row)}\n" in Path("docs/threads.md").read_text()

@@ -362,7 +362,6 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "generation": ("LLaMA-Factory", {"do_predict": True}),
     "training by Megatron": ("LLaMA-Factory", {"pipeline_model_parallel_size": 1}),
     "experts on the host (KTransformers)": ("LLaMA-Factory", {"use_kt": True}),
-    "fine-tuning with a second model (ASFT)": ("LLaMA-Factory", {"use_asft_loss": True}),
     "distillation": ("torchtune", {"teacher_model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}}),
     "evaluation": ("torchtune", {"tasks": ["truthfulqa_mc2"]}),
 }

@@ -200,6 +200,8 @@ def _formula_only_lines(question: Question) -> list[str]:
         packed = "accelerate 1.15 leaves weights in integers whole" if beside.quant_storage == "uint8" else ""
         packed = packed or "packed weights are sharded as bf16 numbers, their constants are whole"
         lines.append(f"quant_storage={beside.quant_storage}: {packed} on every card")
+    if beside.offload_activations:
+        lines.append("offload_activations (formula only): inputs of layers on the host; one comes back at a time")
     if beside.offload == "optimizer":
         moved = "gradients too, as ZeRO-Offload has it" if question.gpus > 1 and beside.sharding == "zero2" else ""
         moved = moved or "gradients stay on the card, as with torchao's CPUOffloadOptimizer"

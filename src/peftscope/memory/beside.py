@@ -138,6 +138,9 @@ class Beside(BaseModel):
         Literal["none", "optimizer", "parameters"],
         Field(description="on the host: optimizer states, or also weights and gradients, but for layers that compute"),
     ] = "none"
+    offload_activations: Annotated[
+        bool, Field(description="what recomputation keeps, the inputs of layers, waits on the host: Unsloth's way")
+    ] = False
 
 
 BESIDE_OPTIONS = tuple(Beside.model_fields)
@@ -205,6 +208,9 @@ def check_beside(spec: RunSpec, beside: Beside) -> None:
     if beside.optimizer_in_bwd and spec.gradient_accumulation > 1:
         message = "an optimizer in the backward pass keeps no gradients that could be accumulated"
         raise InputError(Problem("optimizer_in_bwd", message, "use gradient_accumulation 1"))
+    if beside.offload_activations and not spec.checkpointing:
+        message = "moves what recomputation keeps, and nothing is recomputed"
+        raise InputError(Problem("offload_activations", message, "give --checkpointing"))
     if beside.quantize_moe_experts and not method.quantization():
         message = f"packs experts as the 4-bit base of {method.name} is packed, which has none"
         raise InputError(Problem("quantize_moe_experts", message, "use qlora, or leave it out"))

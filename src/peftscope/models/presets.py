@@ -120,7 +120,7 @@ def same_shape(name: str) -> str | None:
     """Returns the preset whose name, or hub id without its owner, differs only by the kind of tuning or of storage."""
     if name.lower() in {*PRESETS, *(preset.hub_id.lower() for preset in PRESETS.values())}:
         return None  # it is a preset
-    bare, known = _bare(name), {**PRESETS, **SIMULATED}
+    bare, known = _bare(name), dict[str, Preset | Simulated]({**PRESETS, **SIMULATED})
     return next((name for name, preset in known.items() if bare in (_bare(name), _bare(preset.hub_id))), None)
 
 

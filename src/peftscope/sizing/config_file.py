@@ -23,8 +23,11 @@ from peftscope.sizing.jobs import ANSWERED, job_of, read_job
 from peftscope.sizing.reading import Reading, exists, flatten, read_content, read_rows, spoken
 from peftscope.sizing.trainers import recognise
 
-FUSED = "cut-cross-entropy"
-"""The loss that the closed form alone knows."""
+STAND_INS: dict[str, tuple[Any, Any, str]] = {
+    "loss": ("cut-cross-entropy", "liger", "Liger's loss, over chunks of logits"),
+    "offload_activations": (True, False, "what recomputation keeps on the card"),
+}
+"""Values that the closed form alone knows, and what stands in for each in a simulation."""
 IA3_FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")
 LORA_DEFAULTS = (*IA3_FAMILIES, "mixtral", "llama4")
 """Families for which PEFT 0.21's LoRA takes q_proj and v_proj by default. Source: ``peft/utils/constants.py``."""
@@ -108,10 +111,11 @@ def question_of(
     if family in SCALED_LOGITS and reading.given.get("loss") is None and reading.options.pop("loss", None):
         why = f"its fused loss is not modelled for {family}, which changes its logits; the answer is an upper bound"
         reading.not_modelled.append(f"{reading.keys['loss']}: {why}")
-    if model.shape is None and reading.given.get("loss") is None and reading.options.get("loss") == FUSED:
-        reading.options["loss"] = "liger"
-        why = "what is simulated has Liger's loss in its place, over chunks of logits; the answer is an upper bound"
-        reading.not_modelled.append(f"{reading.keys['loss']}: {FUSED}: {why}")
+    for option, (value, other, what) in STAND_INS.items() if model.shape is None else ():
+        if reading.given.get(option) is None and reading.options.get(option) == value:
+            reading.options[option] = other
+            line = f"{reading.keys[option]}: a model that is simulated has {what}; the answer is an upper bound"
+            reading.not_modelled.append(line)
     if reading.problems:
         raise InputError(reading.problems)
     if cards is None:

@@ -67,9 +67,10 @@ def read_model(reading: Reading, row: Row) -> None:
 
 def read_checkpointing(reading: Reading, row: Row) -> None:
     """Reads whether activations are recomputed; axolotl may also say where they wait: unsloth, offload."""
-    if isinstance(kind := reading.values.get(row.key), str):
+    if isinstance(reading.values.get(row.key), str):
         reading.options["checkpointing"] = True
-        saving(row.key, f"{kind}: recomputed activations on the host").read(reading, row)
+        reading.find(row.key)
+        reading.set("offload_activations", True, row.key)
     else:
         take(reading, row)
 

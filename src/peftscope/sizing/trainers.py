@@ -106,7 +106,7 @@ SAVINGS = (
     saving("flash_attn_cross_entropy", "flash-attn's loss in place"),
     saving("chunked_cross_entropy", "a loss over chunks of the tokens"),
     saving("use_unsloth", "unsloth's kernels"),
-    saving("use_unsloth_gc", "recomputed activations on the host"),
+    Row("offload_activations", "use_unsloth_gc", words=SWITCH),
     saving("activation_offloading", "activations on the host"),
     saving("lora_mlp_kernel", "fused kernels of LoRA"),
     saving("lora_qkv_kernel", "fused kernels of LoRA"),
