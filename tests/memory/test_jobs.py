@@ -107,6 +107,14 @@ def test_a_reward_model_has_a_score_in_place_of_the_head(tied: bool) -> None:
     assert lora.trainable_parameters == without + HIDDEN
 
 
+def test_llama_factory_takes_all_rows_at_once_and_holds_the_logits() -> None:
+    logits = 4 * 4 * LENGTH * VOCABULARY  # of two pairs, in 32 bits
+    given = {"method": "full", "precision": "amp", "batch_size": 2, "seq_len": LENGTH}
+    kinds = {way: answer_by_formula(asked("dpo", **given, logprobs=way)).components for way in ("full", "whole")}
+    assert kinds["whole"]["logits and loss"] == pytest.approx(4 * logits, rel=0.02)  # both passes have two such tensors
+    assert kinds["full"]["weights"] - kinds["whole"]["weights"] == pytest.approx(2 * qwen().shape.parameters, rel=0.01)
+
+
 def test_an_answer_says_which_trl_and_what_is_left_out() -> None:
     lines = {job: "\n".join(answer_by_formula(asked(job)).assumptions) for job in ("dpo", "grpo", "sft")}
     assert "logprobs=chunked, as in TRL 1.16.0" in lines["dpo"] and "4 rows" in lines["dpo"]

@@ -179,6 +179,15 @@ def test_as_a_trainer_sets_its_defaults_and_cites_them(trainer: Trainer) -> None
     assert not given.spec.autocast
 
 
+@pytest.mark.parametrize(("size", "length"), [(8, 2_972), (12, 21_848), (16, 40_724), (24, 78_475)])
+def test_the_longest_contexts_that_unsloth_publishes_fill_their_cards(size: int, length: int) -> None:
+    given = {"method": "qlora", "rank": 32, "optimizer": "adamw_8bit", "seq_len": length, "as_trainer": "unsloth"}
+    away, here = (asked("llama-3.1-8b", **given, offload_activations=away) for away in (True, False))
+    assert 0.92 < answer_by_formula(away).least_device_bytes / GIB / size < 1.09
+    spared = answer_by_formula(here).peak_allocated_bytes - answer_by_formula(away).peak_allocated_bytes
+    assert 0.5 < spared / (32 * length * 4096 * 2) < 1  # the peak moves to where all gradients are there
+
+
 def test_a_missing_kernel_is_a_sentence(toy: Path, make_spec: Any) -> None:
     spec = make_spec(method="lora").model_copy(update={"attention": "flash_attention_2"})
     with pytest.raises(InputError, match=r"flash-attn, whose kernel is missing on this machine -> .*use sdpa"):

@@ -13,6 +13,7 @@ from benchmarks import outcomes
 from benchmarks.estimators import ESTIMATORS
 from benchmarks.points import RULE, Point, by_formula, question_of, read_points, why_out
 from benchmarks.scorecard import errors, in_scope, measured, one_a_run, read_scores, render
+from benchmarks.threads import SIMULATED, line, read_threads
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import MEASURED_FILE, answer_by_formula
 from peftscope.memory.base import describe_model
@@ -137,3 +138,12 @@ def test_a_point_can_be_asked_and_says_what_cannot(point: Point) -> None:
     assert question.has_closed_form
     assert question.spec.batch_size == point.asked["batch_size"]
     assert set(unasked) <= set(point.asked)
+
+
+SLOW = [pytest.mark.slow]
+THREADS = [pytest.param(row, marks=SLOW * any(name in row["command"] for name in SIMULATED)) for row in read_threads()]
+
+
+@pytest.mark.parametrize("row", THREADS, ids=lambda row: row["command"])
+def test_a_thread_is_answered_as_its_page_says(row: dict[str, str], in_repository: None) -> None:
+    assert f"{line(row)}\n" in Path("docs/threads.md").read_text()

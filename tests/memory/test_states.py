@@ -32,6 +32,7 @@ def of_layers(per_layer: Any) -> int:
 STATES: dict[str, float] = {
     "adafactor": 4
     * (of_layers(lambda a, b: a + b) + SHAPE.vocab_size + SHAPE.hidden_size + (2 * SHAPE.num_layers + 1) * 2048),
+    "adamw_torch_4bit": 2 * (0.5 + 4 / 128) * (SHAPE.parameters - NORMS) + 4 * NORMS,
     "lion": 4 * SHAPE.parameters,
     "lion_8bit": (1 + 4 / 256) * (SHAPE.parameters - NORMS) + 4 * NORMS,
     "muon": 2 * SHAPE.linear_parameters + 4 * (EMBEDDING + NORMS),

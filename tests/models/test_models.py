@@ -105,6 +105,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
 def test_a_variant_on_the_hub_has_the_shape_of_its_preset(hub_id: str) -> None:
     model, preset = describe_model(hub_id), "llama-3.1-8b"
     assert model.shape == PRESETS[preset].shape and model.variant_of == preset
+    stored = describe_model("o/Qwen2.5-7B-Instruct-GPTQ-Int4").stored
+    assert (stored and stored.name, describe_model("unsloth/gpt-oss-20b").variant_of) == ("gptq", "gpt-oss-20b")
     said = assumptions_of(ask(model, {}))
     assert any("a variant of it" in line for line in said)
     assert any("bnb-4bit" in line and "stored" in line for line in said) is hub_id.endswith("bnb-4bit")

@@ -202,7 +202,8 @@ def test_cards_come_from_a_companion_or_are_asked_for(tmp_path: Path) -> None:
     sharded = FILES["LLaMA-Factory"] | {"deepspeed": "ds/zero3.json"}
     assert "deepspeed: shards over cards" in complaint(tmp_path, sharded)
     assert "--gpus" in complaint(tmp_path, FILES["LLaMA-Factory"] | {"deepspeed": zero})
-    assert question(tmp_path, sharded, gpus=4).gpus == 4
+    (tmp_path / "recipes").mkdir()
+    assert question(tmp_path, sharded, gpus=4).gpus == question(tmp_path / "recipes", sharded, gpus=4).gpus == 4
     assert "no such file" in complaint(tmp_path, FILES["LLaMA-Factory"] | {"deepspeed": "zero3.json"})
     accelerate = {"distributed_type": "FSDP", "num_processes": 8, "fsdp_config": {"fsdp_offload_params": True}}
     (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(accelerate))
@@ -216,6 +217,8 @@ def test_cards_come_from_a_companion_or_are_asked_for(tmp_path: Path) -> None:
     assert question(tmp_path, fsdp, gpus=2).beside.sharding == "fsdp1"
     assert question(tmp_path, FILES["TRL"] | {"fsdp": "full_shard"}, gpus=2).beside.sharding == "fsdp2"
     assert "fsdp: shards over cards" in complaint(tmp_path, fsdp)
+    own = {"fsdp_config": {"activation_checkpointing": True}, "gradient_checkpointing": False, "dp_shard_size": 4}
+    assert (question(tmp_path, fsdp | own).spec.checkpointing, question(tmp_path, fsdp | own).gpus) == (True, 4)
     tune = FILES["torchtune"] | {"custom_sharded_layers": ["output"]}
     assert "--gpus" in complaint(tmp_path, tune)
 
@@ -352,6 +355,8 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "reward-model with a value head": ("LLaMA-Factory", {"stage": "rm"}),
     "merging": ("LLaMA-Factory", {"export_dir": "merged"}),
     "generation": ("LLaMA-Factory", {"do_predict": True}),
+    "training by Megatron": ("LLaMA-Factory", {"pipeline_model_parallel_size": 1}),
+    "experts on the host (KTransformers)": ("LLaMA-Factory", {"use_kt": True}),
     "distillation": ("torchtune", {"teacher_model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}}),
     "evaluation": ("torchtune", {"tasks": ["truthfulqa_mc2"]}),
 }
@@ -366,14 +371,15 @@ def test_a_job_that_is_not_modelled_is_refused_by_its_name(what: str, tmp_path: 
 
 
 DPO = {"job": "dpo", "reference": "disabled", "logprobs": "full"}
+WHOLE = {"logprobs": "whole"}
 GRPO = {"job": "grpo", "reference": "none", "logprobs": "chunked"}
 LENGTHS = {"max_prompt_length": 200, "max_completion_length": 100}
 ANSWERED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dpo of axolotl": ("axolotl", {"rl": "ipo"}, DPO),
     "a copy of axolotl": ("axolotl", {"rl": "dpo", "rl_adapter_ref_model": True}, DPO | {"reference": "copy"}),
     "reward of axolotl": ("axolotl", {"reward_model": True}, {"job": "reward", "reference": None, "logprobs": None}),
-    "dpo of LLaMA-Factory": ("LLaMA-Factory", {"stage": "dpo"}, DPO),
-    "orpo of LLaMA-Factory": ("LLaMA-Factory", {"stage": "dpo", "pref_loss": "orpo"}, {"job": "orpo"}),
+    "dpo of LLaMA-Factory": ("LLaMA-Factory", {"stage": "dpo"}, DPO | WHOLE),
+    "orpo of LLaMA-Factory": ("LLaMA-Factory", {"stage": "dpo", "pref_loss": "orpo"}, {"job": "orpo", **WHOLE}),
     "kto of LLaMA-Factory": ("LLaMA-Factory", {"stage": "kto", "ref_model": "x"}, {"job": "kto", "reference": "copy"}),
     "dpo of TRL": ("TRL", {"beta": 0.1}, {"job": "dpo", "reference": "copy", "logprobs": "chunked"}),
     "precomputed": ("TRL", {"precompute_ref_log_probs": True}, {"job": "dpo", "reference": "precomputed"}),
@@ -410,11 +416,12 @@ def test_what_a_job_leaves_out_is_said(tmp_path: Path) -> None:
 def test_what_is_switched_off_asks_for_no_other_job(tmp_path: Path) -> None:
     assert read(tmp_path, FILES["axolotl"] | {"rl": None, "reward_model": False, "plugins": []}).job == "supervised"
     assert read(tmp_path, FILES["LLaMA-Factory"] | {"stage": "pt", "do_train": True}).job == "supervised"
-    assert read(tmp_path, FILES["TRL"], name="config_orpo.yaml").job == "orpo"
+    assert read(tmp_path, FILES["TRL"] | {"beta": 0.1}, name="config_orpo.yaml").job == "orpo"
     with pytest.raises(InputError, match="the name of the file: asks for rloo"):
         read(tmp_path, FILES["TRL"], name="config_rloo.yaml")
 
 
+LAYERWISE = {"finetuning_type": "full", "use_galore": True, "galore_layerwise": True}
 PATTERNS: dict[str, tuple[str, ...]] = {
     r".*\.(q|v)_proj": ("q_proj", "v_proj"),
     r"^(?!.*visual).*(?:mlp|self_attn)\.(?:up|down|o)_proj$": ("down_proj", "o_proj", "up_proj"),
@@ -429,10 +436,27 @@ def test_a_pattern_of_target_modules_is_read_as_peft_reads_it(pattern: str, tmp_
     assert asked.spec.method.targets == PATTERNS[pattern]
 
 
+def test_a_model_is_as_its_trainer_builds_it(tmp_path: Path) -> None:
+    seen = {"lora_target_modules": r"model.language_model.layers.\d+.mlp.up_proj", "lora_target_linear": False}
+    assert question(tmp_path, FILES["axolotl"] | seen | {"base_model": "qwen2.5-vl-3b"}).spec.method.targets == (
+        "up_proj",
+    )
+    long = {"base_model": "tinyllama-1.1b"}  # of 2048 positions, which the file doubles
+    assert question(tmp_path, FILES["axolotl"] | long).spec.seq_len == 4096
+    phi = {
+        "_component_": "torchtune.models.phi3.lora_phi3_mini",
+        "lora_attn_modules": ["q_proj"],
+        "apply_lora_to_mlp": True,
+    }
+    assert question(tmp_path, FILES["torchtune"] | {"model": phi}).model.shape.family == "llama"
+
+
 @pytest.mark.parametrize(
     ("trainer", "more", "option", "value"),
     [
         ("axolotl", {"optimizer": "lion_8bit"}, "optimizer_states", "lion_8bit"),
+        ("axolotl", {"optimizer": "adamw_torch_4bit"}, "optimizer_states", "adamw_torch_4bit"),
+        ("LLaMA-Factory", LAYERWISE, "optimizer_in_bwd", True),
         ("TRL", {"optim": "adafactor"}, "optimizer_states", "adafactor"),
         ("LLaMA-Factory", {"finetuning_type": "full", "use_galore": True}, "optimizer_states", "galore"),
         ("LLaMA-Factory", {"finetuning_type": "full", "use_galore": True}, "optimizer_rank", 16),
@@ -504,7 +528,7 @@ def test_rows_set_options_that_exist_and_name_the_sources_of_their_defaults(
 
 
 def test_an_option_of_the_command_line_stands_in_for_a_value_that_is_not_modelled(tmp_path: Path) -> None:
-    odd = FILES["axolotl"] | {"attn_implementation": "flex_attention"}
+    odd = FILES["axolotl"] | {"attn_implementation": "sage"}
     assert "give --attention" in complaint(tmp_path, odd)
     assert question(tmp_path, odd, attention="sdpa").spec.attention == "sdpa"
 

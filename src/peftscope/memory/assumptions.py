@@ -61,6 +61,7 @@ def unquantised_experts(question: Question, blocks: Iterable[Block]) -> list[str
 
 LOGPROBS = {
     "chunked": "as in TRL 1.16.0 (since 1.15): tiles of logits at the positions that carry a loss",
+    "whole": "as in LLaMA-Factory (formula only): log-softmax of all rows at once, beside their logits in 32 bits",
     "full": "as in TRL 0.24.0 (before 1.15): logits of every position, or with grpo of the completions",
 }
 
@@ -89,8 +90,9 @@ def _loss(question: Question) -> list[str]:
         f"job={beside.job}: batch_size counts {job.items}; {counted(question.rows, 'row')} in the pass of the loss"
     ]
     lines += [] if job.drops else ["dropout=0: TRL's disable_dropout"]
-    if beside.reference and beside.logprobs:
+    if beside.logprobs:
         lines.append(f"logprobs={beside.logprobs}, {LOGPROBS[beside.logprobs]}; answers have {responses}")
+    if beside.reference:
         lines.append(f"reference={beside.reference}; its passes in a step: {passes_of(beside).count('reference')}")
     if beside.job == "grpo":
         lines.append("the completions are given: their generation, by vLLM or by the model itself, is left out")
@@ -205,6 +207,8 @@ def _formula_only_lines(question: Question) -> list[str]:
         packed = "accelerate 1.15 leaves weights in integers whole" if beside.quant_storage == "uint8" else ""
         packed = packed or "packed weights are sharded as bf16 numbers, their constants are whole"
         lines.append(f"quant_storage={beside.quant_storage}: {packed} on every card")
+    if beside.offload_activations:
+        lines.append("offload_activations (formula only): inputs of layers on the host; one comes back at a time")
     if beside.offload == "optimizer":
         moved = "gradients too, as ZeRO-Offload has it" if question.gpus > 1 and beside.sharding == "zero2" else ""
         moved = moved or "gradients stay on the card, as with torchao's CPUOffloadOptimizer"

@@ -18,8 +18,13 @@ from peftscope.models.shapes import ModelShape
 from peftscope.models.stored import Stored, stored_as
 from peftscope.models.vision import KINDS, Vision, text_of, vision_of
 
-BNB_4BIT = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
-"""The ``quantization_config`` of checkpoints whose hub id ends with -bnb-4bit, as far as it decides memory."""
+ENDINGS: dict[str, dict[str, Any]] = {
+    "-bnb-4bit": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "-awq": {"quant_method": "awq"},
+    "-gptq": {"quant_method": "gptq"},
+    "-gptq-int4": {"quant_method": "gptq"},
+}
+"""The ``quantization_config`` of checkpoints whose hub id ends so, as far as it decides memory."""
 DYNAMIC = "dynamic 4 bits: what this checkpoint keeps of its layers in 16 bits comes on top"
 """What an answer says of a checkpoint whose hub id ends with -unsloth-bnb-4bit."""
 
@@ -75,11 +80,10 @@ def describe_model(name: str) -> Model:
     if entry_shape is not None:
         return Model(name, entry_shape.to_config(), entry_shape)
     if not _in_mirror(name) and (same := same_shape(name)):
-        preset, lower = PRESETS[same], name.lower()
-        stored = stored_as(BNB_4BIT)[0] if lower.endswith("-bnb-4bit") else None
+        lower = name.lower()
+        stored = next((stored_as(how)[0] for ending, how in ENDINGS.items() if lower.endswith(ending)), None)
         more = DYNAMIC if lower.endswith("-unsloth-bnb-4bit") else ""
-        config = preset.shape.to_config()
-        return Model(name, config, preset.shape, "", same, stored, more, preset.vision)
+        return replace(describe_model(same), name=name, variant_of=same, stored=stored, unpacked=more)
     if "/" not in name:
         hint = f"{did_you_mean(name, [*PRESETS, *SIMULATED])}; or give the path of a config.json, or a hub id org/name"
         raise InputError(Problem("model", f"unknown model (got {name!r})", hint))

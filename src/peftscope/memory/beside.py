@@ -58,8 +58,11 @@ class Beside(BaseModel):
         Field(description="of dpo, kto, grpo; TRL's default: an adapter that is disabled, else a copy; none with grpo"),
     ] = None
     logprobs: Annotated[
-        Literal["chunked", "full"] | None,
-        Field(description="of dpo, kto, grpo: in tiles, TRL's way since 1.15 and the default, or of all logits"),
+        Literal["chunked", "full", "whole"] | None,
+        Field(
+            description="of dpo, kto, grpo: in tiles, TRL's way since 1.15 and the default; of all logits, row by row; "
+            "or of all rows at once, as in LLaMA-Factory, for orpo too"
+        ),
     ] = None
     padding: Annotated[
         Literal["none", "some"],
@@ -84,7 +87,7 @@ class Beside(BaseModel):
         bool, Field(description="linear layers of the base in 8 bits, as bitsandbytes' LLM.int8() stores them")
     ] = False
     optimizer_states: Annotated[
-        Literal["own", "adafactor", "lion", "lion_8bit", "muon", "galore", "apollo"],
+        Literal["own", "adamw_torch_4bit", "adafactor", "lion", "lion_8bit", "muon", "galore", "apollo"],
         Field(description="of an optimizer that runs here do not have, by formula; --optimizer takes these names, too"),
     ] = "own"
     optimizer_rank: Annotated[int, Field(gt=0, description="rank of the states of galore and apollo")] = 128
@@ -133,6 +136,9 @@ class Beside(BaseModel):
         Literal["none", "optimizer", "parameters"],
         Field(description="on the host: optimizer states, or also weights and gradients, but for layers that compute"),
     ] = "none"
+    offload_activations: Annotated[
+        bool, Field(description="what recomputation keeps, the inputs of layers, waits on the host: Unsloth's way")
+    ] = False
 
 
 BESIDE_OPTIONS = tuple(Beside.model_fields)
@@ -157,7 +163,7 @@ def with_job(spec: RunSpec, beside: Beside) -> Beside:
     terms = method.closed_form and method.closed_form.orthogonality_term
     foreign = {
         "reference": not job.scored and beside.reference not in (None, "none"),
-        "logprobs": not job.scored and beside.logprobs is not None,
+        "logprobs": not job.scored and beside.logprobs not in (None, *["whole"] * (beside.job == "orpo")),
         "loss_path": not tuned and spec.loss_path != "hf",
         "packing": not tuned and spec.packing,
         "loss": not tuned and beside.loss != "plain",
@@ -172,9 +178,10 @@ def with_job(spec: RunSpec, beside: Beside) -> Beside:
         raise InputError(Problem("reference", f"{method.name} has no adapter to disable", "use copy or precomputed"))
     own = "none" if not job.references else "copy" if method.trains_base else "disabled"
     # The releases of trainers on top of TRL that were read have TRL before 1.15.
-    way = "chunked" if beside.as_trainer in (None, "trl") else "full"
-    scored = {"reference": beside.reference or own, "logprobs": beside.logprobs or way}
-    return beside.model_copy(update=scored if job.scored else {})
+    way = {None: "chunked", "trl": "chunked", "llama-factory": "whole"}.get(beside.as_trainer, "full")
+    scored = {"reference": beside.reference or own} if job.scored else {}
+    scores = job.scored or (beside.job == "orpo" and way == "whole")
+    return beside.model_copy(update=scored | ({"logprobs": beside.logprobs or way} if scores else {}))
 
 
 def check_beside(spec: RunSpec, beside: Beside) -> None:
@@ -199,6 +206,9 @@ def check_beside(spec: RunSpec, beside: Beside) -> None:
     if beside.optimizer_in_bwd and spec.gradient_accumulation > 1:
         message = "an optimizer in the backward pass keeps no gradients that could be accumulated"
         raise InputError(Problem("optimizer_in_bwd", message, "use gradient_accumulation 1"))
+    if beside.offload_activations and not spec.checkpointing:
+        message = "moves what recomputation keeps, and nothing is recomputed"
+        raise InputError(Problem("offload_activations", message, "give --checkpointing"))
     if beside.quantize_moe_experts and not method.quantization():
         message = f"packs experts as the 4-bit base of {method.name} is packed, which has none"
         raise InputError(Problem("quantize_moe_experts", message, "use qlora, or leave it out"))

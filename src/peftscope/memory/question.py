@@ -136,6 +136,8 @@ class Question:
             "offload": beside.offload != "none",
             "optimizer_states": beside.optimizer_states != "own",
             "optimizer_in_bwd": beside.optimizer_in_bwd,
+            "logprobs": beside.logprobs == "whole",
+            "offload_activations": beside.offload_activations,
         }
         return [option for option, is_asked in asked.items() if is_asked]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from peftscope.methods import METHODS
 
-Trainer = Literal["trl", "axolotl", "llama-factory", "torchtune", "peft"]
+Trainer = Literal["trl", "axolotl", "llama-factory", "torchtune", "unsloth", "peft"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,21 @@ REGIMES: dict[Trainer, Regime] = {
         },
         "its configurations compute the loss over chunks of the tokens, which is not modelled: an upper bound",
     ),
+    "unsloth": Regime(
+        "Unsloth at 015bdef, with unsloth-zoo at ce232d6",
+        {
+            "autocast": (True, "transformers' Trainer runs bf16 as autocast"),
+            "kbit_preparation": ("none", "unsloth/kernels/rms_layernorm.py: norms return the precision of their input"),
+            "adapter_dtype": ("fp32", "unsloth_zoo/training_utils.py:331: float32_mixed_precision"),
+            "padding": ("none", "unsloth/models/llama.py: training drops the mask"),
+            "checkpointing": (True, 'unsloth/models/llama.py:3079: use_gradient_checkpointing="unsloth"'),
+            "offload_activations": (True, "unsloth_zoo/gradient_checkpointing.py:259"),
+            "loss": ("cut-cross-entropy", "unsloth_zoo/fused_losses/cross_entropy_loss.py: chunks of tokens"),
+            **_HUGGING_FACE,
+        },
+        "its kernels keep less within a layer, which is left out; its loss takes up to half of what is free, at most "
+        "4 GiB, which is left out too; its notebooks have --optimizer adamw_8bit; other jobs than sft are not read",
+    ),
     "peft": Regime(
         "PEFT 0.21.2",
         {
@@ -100,8 +115,10 @@ REGIMES: dict[Trainer, Regime] = {
 def settings_of(trainer: Trainer, method: str, given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns what a trainer sets for a method beside the options that are given, with the lines that say so."""
     foreign = {"adapter_dtype", "kbit_preparation"} - METHODS[method].model_fields.keys()
-    foreign |= set() if METHODS[method].supports_checkpointing else {"checkpointing"}
+    foreign |= set() if METHODS[method].supports_checkpointing else {"checkpointing", "offload_activations"}
+    foreign |= {"offload_activations"} if given.get("checkpointing") is False else set()
     foreign |= set() if given.get("precision", "bf16") == "bf16" else {"autocast"}
+    foreign |= {"loss"} if given.get("job", "sft") != "sft" else set()
     copies = given.get("modules_to_save") and given.get("autocast") is not False
     foreign |= set() if copies else {"modules_to_save_dtype"}
     foreign |= set() if given.get("optimizer", "adamw") in ("adamw", "sgd") else {"optimizer_implementation"}

@@ -196,7 +196,8 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
         raise InputError(Problem("gpus", message, "leave out --simulate" if has_form else "ask about one card"))
     for option in question.formula_only:
         message = f"{shown(getattr(question.beside, option))} is known to the closed form only"
-        raise InputError(Problem(option, message, "leave out --simulate"))
+        remedy = "leave out --simulate" if question.has_closed_form else "leave it out: this model is simulated"
+        raise InputError(Problem(option, message, remedy))
     if stored := question.model.stored:
         raise InputError(
             Problem("model", f"a base in {stored.name} is known to the closed form only", "leave out --simulate")

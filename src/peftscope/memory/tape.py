@@ -136,6 +136,7 @@ class Tape:
         training: Whether the tape records gradients at all.
         trained: The names of the trained parameters.
         casts: The 16-bit copies of trained parameters that autocast made in this pass. Clear it after the pass.
+        offloads: Whether the inputs of layers that are recomputed wait on the host.
         steps_in_backward: Whether a gradient goes as soon as it is whole, because the optimizer has used it.
     """
 
@@ -147,7 +148,7 @@ class Tape:
         self.training = True
         self.trained: set[str] = set()
         self.casts: dict[int, Shaped] = {}
-        self.steps_in_backward = False
+        self.offloads = self.steps_in_backward = False
         self._order = 0
         self._kind = ""
         self._frame: _Frame | None = None
@@ -261,14 +262,18 @@ class Tape:
 
     def checkpoint(self, run: Callable[[Shaped], Shaped], inputs: Shaped) -> Shaped:
         """Returns ``run(inputs)`` without what its operations would save. The backward pass runs it a second time."""
-        self._frame = _Frame(run, inputs)
+        self._frame = frame = _Frame(run, inputs)
         output = run(inputs)
         self._frame = None
+        if self.offloads:
+            frame.inputs = Shaped(None, inputs.dims, inputs.width, inputs.node, inputs.slot)  # type: ignore[arg-type]
         return output
 
     def _recompute(self, frame: _Frame) -> None:
         before = self.module, self._kind, self._order
         self._rerun, self._kind = frame, "saved activations"
+        if self.offloads:
+            frame.inputs.storage = self.new(frame.inputs.dims, frame.inputs.width).storage
         with suppress(_RecomputedError):
             frame.run(frame.inputs)
         self._rerun = None

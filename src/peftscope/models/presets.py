@@ -106,7 +106,9 @@ SIMULATED: dict[str, Simulated] = {
 for _name, _hidden in (("qwen3.5-9b", 4096), ("qwen3.5-35b-a3b", 2048)):
     SIMULATED[_name] = SIMULATED[_name]._replace(vision=vision_of("qwen3_5", {}, _hidden))
 
-VARIANT = re.compile(r"^meta-|-(instruct|thinking|chat|it|pt|hf|base|2507|unsloth|bnb-4bit)(?=-|$)|[^a-z0-9]")
+VARIANT = re.compile(
+    r"^meta-|-(instruct|thinking|chat|it|pt|sft|full|hf|base|checkpoints|fp16|2507|unsloth|bnb-4bit|awq|gptq(-int4)?)(?=-|$)|[^a-z0-9]"
+)
 """The parts of a model's name that do not change its shape."""
 SIZE = re.compile(r"(?<![\d.x])(?<!-a)\d+(\.\d+)?[bm](?![a-z0-9])")
 """The size in a model's name; of 8x7b and 30b-a3b a part stays, because a dense model is none of theirs."""
@@ -118,8 +120,8 @@ def same_shape(name: str) -> str | None:
     """Returns the preset whose name, or hub id without its owner, differs only by the kind of tuning or of storage."""
     if name.lower() in {*PRESETS, *(preset.hub_id.lower() for preset in PRESETS.values())}:
         return None  # it is a preset
-    bare = _bare(name)
-    return next((name for name, preset in PRESETS.items() if bare in (_bare(name), _bare(preset[0]))), None)
+    bare, known = _bare(name), dict[str, Preset | Simulated]({**PRESETS, **SIMULATED})
+    return next((name for name, preset in known.items() if bare in (_bare(name), _bare(preset.hub_id))), None)
 
 
 def _bare(name: str) -> str:

@@ -12,7 +12,9 @@ from pydantic import Field, model_validator
 from peftscope.errors import shown
 from peftscope.files.content import Count, Strict
 
-Dense = Literal["llama", "mistral", "qwen2", "phi3", "gemma2", "qwen3", "smollm3", "granite", "olmo2", "gemma3_text"]
+Dense = Literal[
+    "llama", "mistral", "qwen2", "phi3", "gemma", "gemma2", "qwen3", "smollm3", "granite", "olmo2", "gemma3_text"
+]
 Family = Literal[Dense, "mixtral", "qwen3_moe"]
 """The ``model_type`` of a ``config.json``, which decides how the blocks are wired."""
 
@@ -40,14 +42,14 @@ ROTATED_OF_FOUR = 3
 LOCAL_OF_SIX = 5
 """Gemma 3 has five layers with a sliding window before one without. Source: transformers, ``Gemma3TextConfig``."""
 
-HEAD_DIMS: dict[str, int] = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
+HEAD_DIMS: dict[str, int] = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
 """The width of a head where a ``config.json`` does not state it and transformers does not divide."""
 EXPERTS: dict[str, tuple[str, str]] = {
     "mixtral": ("num_local_experts", "intermediate_size"),
     "qwen3_moe": ("num_experts", "moe_intermediate_size"),
 }
 """Families of mixtures of experts, and the keys of the number of experts and of the inner size of one."""
-TIED_BY_DEFAULT = ("gemma2", "gemma3_text", "smollm3")
+TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "smollm3")
 """Families whose head has the weights of the embedding unless a ``config.json`` says otherwise."""
 
 

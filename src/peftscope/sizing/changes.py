@@ -201,7 +201,7 @@ class Asked:
         question, shape = self.question, self.question.model.shape
         beside, scaled = question.beside, question.model.config["model_type"] in SCALED_LOGITS
         own = self.reading is None and beside.as_trainer is None  # a trainer's release computes them in one way
-        loss = {"logprobs": "chunked"} if own and beside.logprobs == "full" else {}
+        loss = {"logprobs": "chunked"} if own and beside.logprobs in ("full", "whole") else {}
         offered = "loss" in self.keys or not (self.keys or beside.as_trainer == "torchtune")
         if beside.job == "sft" and beside.loss == "plain" and offered and not scaled:
             loss = {"loss": "liger"}

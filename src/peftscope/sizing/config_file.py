@@ -18,11 +18,16 @@ from peftscope.memory.base import Model, describe_model
 from peftscope.memory.beside import JOBS
 from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Question, ask
 from peftscope.methods import METHODS
-from peftscope.models.shapes import module_path
+from peftscope.models.shapes import ModelShape, module_path
 from peftscope.sizing.jobs import ANSWERED, job_of, read_job
 from peftscope.sizing.reading import Reading, exists, flatten, read_content, read_rows, spoken
 from peftscope.sizing.trainers import recognise
 
+STAND_INS: dict[str, tuple[Any, Any, str]] = {
+    "loss": ("cut-cross-entropy", "liger", "Liger's loss, over chunks of logits"),
+    "offload_activations": (True, False, "what recomputation keeps on the card"),
+}
+"""Values that the closed form alone knows, and what stands in for each in a simulation."""
 IA3_FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")
 LORA_DEFAULTS = (*IA3_FAMILIES, "mixtral", "llama4")
 """Families for which PEFT 0.21's LoRA takes q_proj and v_proj by default. Source: ``peft/utils/constants.py``."""
@@ -102,11 +107,17 @@ def question_of(
         raise InputError(reading.problems)
     model = _model_of(reading)
     _default_targets(reading, model)
+    model = _with_positions(reading, model)
     family = model.config["model_type"]
     if family in SCALED_LOGITS and reading.given.get("loss") is None and "loss" in reading.keys:
         del reading.options["loss"]
         why = f"its fused loss is not modelled for {family}, which changes its logits; the answer is an upper bound"
         reading.not_modelled.append(f"{reading.keys['loss']}: {why}")
+    for option, (value, other, what) in STAND_INS.items() if model.shape is None else ():
+        if reading.given.get(option) is None and reading.options.get(option) == value:
+            reading.options[option] = other
+            line = f"{reading.keys[option]}: a model that is simulated has {what}; the answer is an upper bound"
+            reading.not_modelled.append(line)
     if reading.problems:
         raise InputError(reading.problems)
     if cards is None:
@@ -159,17 +170,31 @@ def _model_of(reading: Reading) -> Model:
             for p in error.problems
         )
         raise InputError(problems if key != "model" else error.problems) from None
+    if reading.trainer == "torchtune" and model.shape and model.shape.family == "phi3":
+        shape = ModelShape.model_validate({**model.shape.model_dump(), "family": "llama"})
+        model = replace(model, shape=shape, config=shape.to_config())
+        reading.assumed.append("phi3: torchtune has layers apart that transformers fuses, and no window")
     if same := model.variant_of:
         reading.assumed.append(f"model={same}: {key} {name} is a variant of it by its name, with the same shape")
     return model
 
 
+def _with_positions(reading: Reading, model: Model) -> Model:
+    """Returns the model with as many positions as the file asks for: rotary ones have no end."""
+    asked, limit = reading.options.get("seq_len"), model.max_seq_len
+    if model.shape is None or limit is None or not isinstance(asked, int) or asked <= limit:
+        return model
+    line = f"seq_len={asked}: the model has {limit} positions; what lies beyond costs quality, which is not modelled"
+    reading.assumed.append(line)
+    return replace(model, config=model.config | {"max_position_embeddings": asked})
+
+
 def _read_pattern(reading: Reading, model: Model) -> None:
     """Sets the modules whose whole name a pattern matches, as PEFT does."""
-    shape, key = model.shape, reading.keys["targets"]
+    shape, key, root = model.shape, reading.keys["targets"], "model.language_model." if model.vision else "model."
     paths = [module_path(i, layer.name) for i in range(shape.num_layers) for layer in shape.block] if shape else []
     try:
-        found = [path for path in paths if re.fullmatch(reading.pattern, f"model.{path}")]
+        found = [path for path in paths if re.fullmatch(reading.pattern, root + path)]
     except re.error:
         found = []
     names = {path.rpartition(".")[2] for path in found}

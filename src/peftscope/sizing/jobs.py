@@ -50,6 +50,9 @@ SIGNS: dict[str, tuple[Sign, ...]] = {
         Sign("training of layers in turn (LISA)", "lisa_n_layers"),
     ),
     "LLaMA-Factory": (
+        Sign("training by Megatron", "tensor_model_parallel_size|pipeline_model_parallel_size"),
+        Sign("experts on the host (KTransformers)", "use_kt"),
+        Sign("fine-tuning with a second model (ASFT)", "use_asft_loss"),
         Sign(SUPERVISED, "stage", "^(sft|pt)$", without="export_dir|do_predict|infer_backend|tokenized_path"),
         Sign("quantisation", "export_quantization_bit"),
         Sign("merging", "export_dir"),
@@ -95,20 +98,21 @@ def job_of(trainer: str, path: Path, values: Mapping[str, Any]) -> tuple[str, st
         values: The content; keys of nested mappings are joined by dots.
     """
     built_on_trl = trainer in ("TRL", "alignment-handbook")
+    named = NAMED.search("/".join(path.absolute().parts[-2:])) if built_on_trl else None
     for sign in SIGNS["TRL"] if built_on_trl else SIGNS.get(trainer, ()):
         for key, value in values.items():
             if value in OFF or not re.fullmatch(sign.key, key) or not re.search(sign.value, str(value)):
                 continue
             if sign.without and any(re.fullmatch(sign.without, name) for name in values):
                 continue
-            return sign.job or str(value).lower(), key
-    named = NAMED.search("/".join(path.absolute().parts[-2:])) if built_on_trl else None
+            job = named[1].lower() if named and sign.job == "dpo" else sign.job  # KTO and ORPO have keys of DPO
+            return job or str(value).lower(), key
     return (named[1].lower(), "the name of the file") if named else (SUPERVISED, "")
 
 
 LOGPROBS = {
     "axolotl": ("full", "axolotl at 067b021 pins trl 1.8.0, pyproject.toml"),
-    "LLaMA-Factory": ("full", "LLaMA-Factory, train/trainer_utils.py: get_batch_logps of all logits in 32 bits"),
+    "LLaMA-Factory": ("whole", "LLaMA-Factory, train/trainer_utils.py: get_batch_logps of all logits in 32 bits"),
     "torchtune": ("full", "torchtune, rlhf/sequence_processing.py: get_batch_log_probs of all logits"),
     **dict.fromkeys(("TRL", "alignment-handbook", "PEFT"), ("chunked", "TRL 1.16.0; --logprobs full before 1.15")),
 }
@@ -129,12 +133,10 @@ def read_job(reading: Reading) -> None:
     for option in (option for option in ALONE if options.pop(option, None)):
         key = reading.keys.pop(option, option)
         reading.not_modelled.append(f"{key}: {option} is not modelled for {job}, and left out")
+    if JOBS[job].scored or (job == "orpo" and reading.trainer == "LLaMA-Factory"):
+        reading.assume("logprobs", *LOGPROBS[reading.trainer])
     if not JOBS[job].scored:
         return
-    reading.assume("logprobs", *LOGPROBS[reading.trainer])
-    if reading.trainer == "LLaMA-Factory":
-        more = "the policy's logits stay through the reference's pass, and all rows are taken at once: it takes more"
-        reading.not_modelled.append(f"train/dpo/trainer.py: {more}")
     second = reading.is_on("ref_model", "ref_model_name_or_path", "rl_adapter_ref_model")
     if reading.is_on("precompute_ref_log_probs"):
         options["reference"] = "precomputed"

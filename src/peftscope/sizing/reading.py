@@ -22,7 +22,7 @@ OWN = object()
 WHOLE = ("deepspeed",)
 """Keys whose nested mappings are read as a whole: they may also name a file."""
 MAY_CHANGE = re.compile(
-    r"fp8.*|.*(context|tensor|expert|sequence|pipeline)_(model_)?parallel.*|dp_(shard|replicate)_size|ulysses.*"
+    r"fp8.*|.*(context|tensor|expert|sequence|pipeline)_(model_)?parallel.*|dp_replicate_size|ulysses.*|use_[ed]a?ft.*"
     r"|.*tiled_mlp.*|.*offload.*|quantize_moe_experts|(torch_)?compile|use_(kt|kernels)|.*_kernels?|flash_attn_fuse_.*"
     r"|freeze_.*|(image|video|audio)_.*|(.*\.)?(use_)?vllm.*"
 )
@@ -125,7 +125,7 @@ class Reading:
         value = self.get(key)
         if not isinstance(value, str):
             return value
-        path = self.path.parent / value
+        path = beside(self.path, value)
         if not exists(path):
             problem = Problem(f"{self.path}: {key}", f"no such file: {path}", "put it there, or remove the key")
             raise InputError(problem)
@@ -226,6 +226,12 @@ def read_content(path: Path) -> Any:
         InputError: The file cannot be read.
     """
     return parse_json(read_text(path), str(path)) if path.suffix == ".json" else read_yaml(path)
+
+
+def beside(path: Path, name: str) -> Path:
+    """Returns the file that a file names, relative to its folder or to one above, as trainers start at a root."""
+    places = [folder / name for folder in (path.parent, *path.absolute().parent.parents)]
+    return next((place for place in places if exists(place)), places[0])
 
 
 def exists(path: Path) -> bool:

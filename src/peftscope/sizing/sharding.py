@@ -6,7 +6,7 @@ from typing import Any
 
 from peftscope.errors import shown
 from peftscope.methods import METHODS
-from peftscope.sizing.reading import Reading, flatten, read_content
+from peftscope.sizing.reading import Reading, beside, flatten, read_content
 
 NAMED_STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "single_gpu": 0, "multi_gpu": 0, "fsdp1": 3, "fsdp2": 3}
 """The names that TRL gives to accelerate's files, and the stage of ZeRO that each stands for."""
@@ -24,6 +24,8 @@ STRATEGY_KEYS = (
     "fsdp_config.sharding_strategy",
 )
 """The keys that name FSDP's strategy, in a trainer's file and in accelerate's."""
+CHECKPOINTING_KEYS = ("fsdp_config.fsdp_activation_checkpointing", "fsdp_config.activation_checkpointing")
+"""The keys with which FSDP itself recomputes activations."""
 OFFLOAD_KEYS = ("fsdp_config.fsdp_offload_params", "fsdp_config.offload_params")
 """The keys that leave FSDP's shards on the host."""
 FULL_STAGE = 3
@@ -80,8 +82,10 @@ def _read_accelerate(reading: Reading, key: str) -> None:
         _note_strategy(reading, key, [strategy], flat.get("fsdp_config.fsdp_version"))
         if any(flat.get(name) for name in OFFLOAD_KEYS):
             reading.set("offload", "parameters", key)
+        if any(flat.get(name) for name in CHECKPOINTING_KEYS):
+            reading.set("checkpointing", True, key)
     elif kind == "DEEPSPEED" and (file := flat.get(f"{inner}.deepspeed_config_file")):
-        path = (reading.path.parent / reading.values[key]).parent / str(file)
+        path = beside(beside(reading.path, reading.values[key]), str(file))
         _read_deepspeed(reading, key, read_content(path))
     elif kind == "DEEPSPEED":
         zero: dict[str, Any] = {"stage": flat.get(f"{inner}.zero_stage", 2)}
@@ -115,9 +119,12 @@ def _read_fsdp(reading: Reading) -> None:
     # Source: transformers 5.24, training_args.py:2826. axolotl fills in 1.
     usual = 1 if reading.trainer.startswith("axolotl") else 2
     _note_strategy(reading, key, [*words, strategy], version or usual)
-    for name in OFFLOAD_KEYS:
-        if reading.get(name):
-            reading.set("offload", "parameters", name)
+    for names, option, value in ((OFFLOAD_KEYS, "offload", "parameters"), (CHECKPOINTING_KEYS, "checkpointing", True)):
+        for name in names:
+            if reading.get(name):
+                reading.set(option, value, name)
+    if isinstance(shards := reading.get("dp_shard_size"), int):
+        reading.cards = shards
     if "offload" in words:
         reading.set("offload", "parameters", key)
 

@@ -67,9 +67,10 @@ def read_model(reading: Reading, row: Row) -> None:
 
 def read_checkpointing(reading: Reading, row: Row) -> None:
     """Reads whether activations are recomputed; axolotl may also say where they wait: unsloth, offload."""
-    if isinstance(kind := reading.values.get(row.key), str):
+    if isinstance(reading.values.get(row.key), str):
         reading.options["checkpointing"] = True
-        saving(row.key, f"{kind}: recomputed activations on the host").read(reading, row)
+        reading.find(row.key)
+        reading.set("offload_activations", True, row.key)
     else:
         take(reading, row)
 
@@ -264,6 +265,7 @@ def read_torchtune_model(reading: Reading, row: Row) -> None:
     """Reads the base and the method from the name of torchtune's builder, such as qlora_llama3_1_8b."""
     builder = str(reading.get(row.key) or "").rpartition(".")[2]
     method, _, base = builder.partition("_") if builder.startswith(("lora_", "qlora_")) else ("full", "", builder)
+    base = "phi-4" if base == "phi4_14b" else base
     reading.model, reading.keys["model"], reading.options["method"] = base or None, row.key, method
 
 
@@ -291,6 +293,11 @@ def read_torchtune_implementation(reading: Reading, row: Row) -> None:
 
 def read_torchtune_shards(reading: Reading, row: Row) -> None:
     """Notes that the weights are sharded, if torchtune's file has one of the keys for it."""
+    reading.assume(
+        "sharding", "fsdp2", "torchtune, training/_distributed.py, if its recipe is distributed: give --gpus"
+    )
+    if reading.options["method"] == "qlora":
+        reading.options["quant_storage"] = "bf16"  # torchao's NF4Tensor is sharded
     for key in row.keys:
         if key in reading.values:
             reading.get(key)

@@ -43,6 +43,8 @@ OPTIMIZERS: dict[str, tuple[str, str | None]] = {
     "muon": ("muon", None),
     "galore_adamw": ("galore", None),
     "apollo_adamw": ("apollo", None),
+    "adamw_torch_8bit": ("adamw_8bit", None),
+    "adamw_torch_4bit": ("adamw_torch_4bit", None),
 }
 """transformers' names of optimizers. Source: ``OptimizerNames`` in transformers 5.24, training_args.py."""
 TORCHTUNE_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
@@ -62,12 +64,16 @@ ATTENTION = {
     "kernels-community/flash-attn2": "flash_attention_2",
     "fa2": "flash_attention_2",
     "fa3": "flash_attention_2",
+    "kernels-community/vllm-flash-attn3": "flash_attention_2",
+    "xformers": "flash_attention_2",
+    "flex_attention": "flash_attention_2",
     "sdpa": "sdpa",
     "eager": "eager",
     "disabled": "eager",
     "auto": None,
 }
-"""Names of attention kernels, and the option for each; auto: transformers chooses."""
+"""Names of attention kernels, and the option for each; auto: transformers chooses. xformers and flex_attention keep the
+output and a sum a row, as flash attention does, which stands in for them."""
 
 PEFT_METHODS = {
     "lora": "lora",
@@ -85,7 +91,7 @@ BATCHES = (
 )
 """Rows of transformers' ``TrainingArguments``. The evaluation has a batch only if there is one."""
 
-EIGHT_BITS = {"true": True, "false": None}
+SWITCH = {"true": True, "false": None}
 LIGER = {"true": "liger", "false": None}
 LOSSES = (
     Row("loss", "use_liger_kernel", words=LIGER),
@@ -102,9 +108,10 @@ SAVINGS = (
     saving("liger_swiglu", "Liger's activations"),
     saving("liger_rope", "Liger's rotary embeddings"),
     saving("liger_cross_entropy", "Liger's loss in place"),
+    saving("flash_attn_cross_entropy", "flash-attn's loss in place"),
     saving("chunked_cross_entropy", "a loss over chunks of the tokens"),
     saving("use_unsloth", "unsloth's kernels"),
-    saving("use_unsloth_gc", "recomputed activations on the host"),
+    Row("offload_activations", "use_unsloth_gc", words=SWITCH),
     saving("activation_offloading", "activations on the host"),
     saving("lora_mlp_kernel", "fused kernels of LoRA"),
     saving("lora_qkv_kernel", "fused kernels of LoRA"),
@@ -112,13 +119,15 @@ SAVINGS = (
 )
 """Rows of other savings, which trainers built on transformers share."""
 
+ROUTERS = "the loss of the routers, a few bytes a token and expert, is left out"
 AXOLOTL_ROWS = (
     Row("model", "base_model", read=keys.read_model),
-    Row("load_in_8bit", "load_in_8bit", words=EIGHT_BITS),
+    Row("load_in_8bit", "load_in_8bit", words=SWITCH),
     refused("unfrozen_parameters", "training a part of the weights"),
     refused("peft_layers_to_transform", "adapting only some layers"),
     refused("lora_target_parameters", "adapting parameters that are no modules"),
     refused("relora", "ReLoRA"),
+    noted("model_config.output_router_logits", f"output_router_logits: {ROUTERS}"),
     refused("gptq", "a GPTQ base"),
     refused("quantization", "another quantisation"),
     Row("seq_len", "sequence_len", 512, f"sequence_len of {SCHEMAS}"),
@@ -151,7 +160,7 @@ AXOLOTL_ROWS = (
     Row("double_quant", "bnb_config_kwargs.bnb_4bit_use_double_quant", True, "axolotl at ae7395e, loaders/model.py"),
     Row("precision", "bf16 fp16", read=keys.read_axolotl_precision),
     Row("loss", "plugins", read=keys.read_plugins),
-    Row("quantize_moe_experts", "quantize_moe_experts", words={"true": True, "false": None}),
+    Row("quantize_moe_experts", "quantize_moe_experts", words=SWITCH),
     *LOSSES,
     *SAVINGS,
 )
@@ -161,9 +170,7 @@ FACTORY_ROWS = (
     refused("use_adam_mini", "Adam-mini"),
     refused("use_badam", "BAdam"),
     refused("use_llama_pro", "block expansion"),
-    noted(
-        "moe_aux_loss_coef", "moe_aux_loss_coef: the loss of the routers, a few bytes a token and expert, is left out"
-    ),
+    noted("moe_aux_loss_coef", f"moe_aux_loss_coef: {ROUTERS}"),
     refused("mixture_of_depths", "mixture of depths"),
     refused("adapter_name_or_path", "a second adapter"),
     Row("method", "finetuning_type", "lora", words={"lora": "lora", "full": "full"}),
@@ -176,6 +183,8 @@ FACTORY_ROWS = (
     Row("optimizer", "use_galore", words={"true": "galore", "false": None}),
     Row("optimizer", "use_apollo", words={"true": "apollo", "false": None}),
     Row("optimizer", "use_muon", words={"true": "muon", "false": None}),
+    Row("optimizer_in_bwd", "galore_layerwise", words=SWITCH, only_with="use_galore"),
+    Row("optimizer_in_bwd", "apollo_layerwise", words=SWITCH, only_with="use_apollo"),
     Row("optimizer_rank", "galore_rank", 16, TUNING_ARGS, only_with="use_galore"),
     Row("optimizer_rank", "apollo_rank", 16, TUNING_ARGS, only_with="use_apollo"),
     Row("load_in_8bit", "quantization_bit", words={"4": None, "8": True}),
@@ -195,7 +204,7 @@ FACTORY_ROWS = (
 
 TRL_ROWS = (
     Row("model", "model_name_or_path", read=keys.read_model),
-    Row("load_in_8bit", "load_in_8bit", words=EIGHT_BITS),
+    Row("load_in_8bit", "load_in_8bit", words=SWITCH),
     refused("lora_target_parameters", "adapting parameters that are no modules"),
     Row("seq_len", "max_length max_seq_length", 1024, "max_length of TRL, trainer/sft_config.py"),
     *BATCHES,
@@ -223,10 +232,10 @@ UNTARGETED = "model.lora_attn_modules is not set, and torchtune has no default"
 SHARDED = "custom_sharded_layers fsdp_cpu_offload data_parallel_shard_dim fsdp_sharding_strategy"
 TORCHTUNE_ROWS = (
     Row("model", "model._component_", read=keys.read_torchtune_model),
-    Row("optimizer_in_bwd", "optimizer_in_bwd", words=EIGHT_BITS),
+    Row("optimizer_in_bwd", "optimizer_in_bwd", words=SWITCH),
     refused("model.apply_lora_to_output", "an adapter on the output"),
-    refused("tensor_parallel_dim", "tensor parallelism"),
-    refused("context_parallel_dim", "context parallelism"),
+    Row("", "tensor_parallel_dim", words={"1": None}),
+    Row("", "context_parallel_dim", words={"1": None}),
     Row("seq_len", "tokenizer.max_seq_len", need=UNCUT),
     Row("batch_size", "batch_size", 1, "the file has no batch_size"),
     Row("gradient_accumulation", "gradient_accumulation_steps", 1, TORCHTUNE),
@@ -247,6 +256,7 @@ TORCHTUNE_ROWS = (
     Row("sharding", SHARDED, read=keys.read_torchtune_shards),
     Row("offload", "fsdp_cpu_offload", words={"true": "parameters", "false": None}),
     saving("enable_activation_offloading", "activations on the host"),
+    saving("ac_mode", "recomputation of a part of the layers"),
     Row("loss", "loss._component_", read=keys.read_torchtune_loss),
 )
 

@@ -12,13 +12,15 @@ from peftscope.memory.kernels import attention_kernel
 from peftscope.memory.tape import Dims, Gradients, Shaped, Tape
 from peftscope.models.shapes import LOCAL_OF_SIX
 
-GEMMAS = ("gemma2", "gemma3_text")
-"""Families with norms before and after attention and feed-forward layers, scaled embeddings and two masks."""
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+"""Families whose norms have a gain in 32 bits, and whose embeddings are scaled."""
+WINDOWED = GEMMAS[1:]
+"""Those with norms before and after attention and feed-forward layers, and two masks."""
 
 _BEFORE = ("before attention", "before feed-forward")
 _AFTER = ("after attention", "after feed-forward")
 NORM_PLACES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(GEMMAS, (_BEFORE[0], _AFTER[0], _BEFORE[1], _AFTER[1])),
+    **dict.fromkeys(WINDOWED, (_BEFORE[0], _AFTER[0], _BEFORE[1], _AFTER[1])),
     "olmo2": _AFTER,
 }
 """Where the norms of a block run, in their order; elsewhere before attention and before the feed-forward layers."""
@@ -293,7 +295,7 @@ def run_decoder(model: TapedModel, *, masked: bool) -> Shaped:
     mask = tape.new(("B", "S", "P"), added, term="mask") if eager else seen
     del seen
     # One mask for layers with a window and one for the others, and in Gemma 3 angles for each as well.
-    other_mask = tape.new(mask.dims, mask.width, term="mask") if mask and shape.family in GEMMAS else None
+    other_mask = tape.new(mask.dims, mask.width, term="mask") if mask and shape.family in WINDOWED else None
     pairs = 2 if shape.family == "gemma3_text" and shape.num_layers > LOCAL_OF_SIX else 1
     if model.prefix:
         past = tape.op([model.weights["prompt_encoder"]], ("B", "v", "L", "k", "2"), 4)

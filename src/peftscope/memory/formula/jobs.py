@@ -14,15 +14,16 @@ from peftscope.memory.tape import Backward, Gradients, Shaped
 def job_loss(model: TapedModel, *, masked: bool) -> Shaped:
     """Stands for ``compute_loss`` of a trainer of TRL: its passes, of which one has gradients."""
     tape, own, scores = model.tape, (model.targets, model.weights), dict[str, Shaped]()
+    held: list[Shaped] = []
     for kind in passes_of(model.beside):
         tape.training = kind == "loss"
         model.targets, model.weights = ([], model.second or own[1]) if kind == "reference" else own
-        scores[kind] = _score(model, masked=masked)
+        scores[kind] = _score(model, held, masked=masked)
     tape.training, (model.targets, model.weights) = True, own
     return tape.op([scores["loss"]], (), 4)
 
 
-def _score(model: TapedModel, *, masked: bool) -> Shaped:
+def _score(model: TapedModel, held: list[Shaped], *, masked: bool) -> Shaped:
     """Stands for a pass: log-probabilities of the answers, or rewards."""
     tape, beside = model.tape, model.beside
     hidden = run_decoder(model, masked=masked)
@@ -36,9 +37,22 @@ def _score(model: TapedModel, *, masked: bool) -> Shaped:
     del hidden
     tape.module = "loss"
     logits = tape.cast(logits, 4, "logits in 32 bits") if tape.autocast else logits
+    if beside.logprobs == "whole":
+        return _from_all(model, tape.cast(logits, 4, "logits in 32 bits"), held)
     if beside.job != "orpo":
         return _from_logits(model, logits)
     return tape.op([_chosen_loss(model, logits), _from_logits(model, logits)], (), 4)
+
+
+def _from_all(model: TapedModel, logits: Shaped, held: list[Shaped]) -> Shaped:
+    """Stands for LLaMA-Factory's ``get_batch_logps``, which takes all rows at once; its logits stay for the metrics."""
+    tape, dims = model.tape, ("N", "V")
+    if tape.training:
+        held.append(logits)
+    if tape.training and model.beside.job == "kto":
+        held.append(tape.new(dims, 4, term="logits of the chosen and the rejected answers"))
+    logs = tape.with_saved_output([logits], dims, 4, "log-softmax of the logits")
+    return tape.op([logs], ("N",), 4, lambda *_: [tape.new(dims, 4, term="gradients of the logits")])
 
 
 def _chosen_loss(model: TapedModel, logits: Shaped) -> Shaped:

@@ -82,6 +82,7 @@ class TapedModel:
         self.weights: dict[str, Shaped] = {}
         self.optimizer = question.beside.optimizer_states
         self.tape.steps_in_backward = question.beside.optimizer_in_bwd
+        self.tape.offloads = question.beside.offload_activations
         self.packs_experts = question.beside.quantize_moe_experts
         self.grouped = shape.num_heads != shape.num_kv_heads
         # The backward pass has a thread of its own, with a handle and a workspace of its own.
@@ -187,12 +188,12 @@ def _adapter(model: TapedModel, name: str, dims: Dims, width: float) -> None:
 
 def _copies(model: TapedModel) -> dict[str, Shaped]:
     """Makes the weights of a second model, which stay as they are, and returns them by the names of the first."""
-    copies = {}
+    copies, widest = {}, 2 if model.beside.logprobs == "whole" else 4  # LLaMA-Factory loads what is frozen in 16 bits
     for name, weight in model.weights.items():
-        block = weight.storage.block
+        block, width = weight.storage.block, min(weight.width, widest)
         if block.kind in ("weights", "quantised weights"):
             path = f"reference.{block.module}"
-            copies[name] = model.tape.parameter(path, weight.dims, weight.width, block.kind, block.term, trained=False)
+            copies[name] = model.tape.parameter(path, weight.dims, width, block.kind, block.term, trained=False)
     return copies
 
 

@@ -10,11 +10,14 @@ from peftscope.memory.tape import Dims
 LARGE_STATE = 4096
 """Tensors smaller than this keep 32-bit states."""
 STATE_BLOCK = 256
-"""Values that share one constant in bitsandbytes' 8-bit optimizer states."""
+"""Values that share one constant in bitsandbytes' 8-bit optimizer states, and in torchao's."""
+FOUR_BIT_BLOCK = 128
+"""The same in torchao's 4-bit states."""
 
 Tensors = list[tuple[Dims, float]]
 
 OTHER_OPTIMIZERS = {
+    "adamw_torch_4bit": "torchao at 0372e5f, optim/adam.py: two states in 4 bits",
     "adafactor": "transformers 5.24, optimization.py, Adafactor.step without a first moment",
     "lion": "bitsandbytes 0.50, optim/lion.py: one state in 32 bits",
     "lion_8bit": "bitsandbytes 0.50, optim/lion.py: one state in 8 bits",
@@ -34,6 +37,9 @@ def states_of(name: str, dims: Dims, width: float, sizes: Mapping[str, int], *, 
     if name.startswith("lion"):
         small = name == "lion_8bit" and prod(sizes[dim] for dim in dims) >= LARGE_STATE
         return [(dims, 1.0), (dims, 4 / STATE_BLOCK)] if small else [(dims, 4.0)], []
+    if name == "adamw_torch_4bit":  # compiled: its step makes no copies
+        small = prod(sizes[dim] for dim in dims) >= LARGE_STATE
+        return ([(dims, 0.5), (dims, 4 / FOUR_BIT_BLOCK)] if small else [(dims, width)]) * 2, []
     if not (matrix and layer):
         return [(dims, width)] * 2, []
     if name == "muon":

@@ -99,7 +99,7 @@ def _operations(question: Question) -> str:
     batch = {"batch_size", "eval_batch_size", "seq_len", "gradient_accumulation", "method"}
     asked = question.beside
     optimizer = asked.optimizer_states, asked.optimizer_in_bwd, asked.quantize_moe_experts, question.model.stored
-    job = asked.job, asked.reference, asked.logprobs
+    job = asked.job, asked.reference, asked.logprobs, asked.offload_activations
     beside = question.padded, asked.loss, question.saved, optimizer, job
     return f"{spec.model_dump_json(exclude=batch)} {repeats} {of_method} {of_class} {rescales} {beside}"
 
