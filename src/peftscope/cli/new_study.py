@@ -52,9 +52,8 @@ def new_study(
     fixed = {field: value for field, value in (("model", model), ("task", task), ("steps", steps)) if value}
     # A second call with other options writes another study.
     told = [*(others if others != [REFERENCE] else []), *_options(world, seeds, fixed)]
-    name = re.sub(r"\W+|_", "-", "-".join([name_of(file), "study", *told]).lower())
-    for each in (name_of(file), name):
-        check_experiment_name(each)
+    name = "-".join([name_of(file), "study", *(re.sub(r"\W+|_", "-", word).lower() for word in told)])
+    check_experiment_name(name)
     text = study_text(file, others, world, seeds, **fixed)
     contents = {
         METHOD_FILES / f"{name_of(file)}.py": file.read_text(encoding="utf-8"),
@@ -137,10 +136,8 @@ def study_text(file: Path, others: list[str], world: str = "A", seeds: int | Non
     settings, study = _settings(method, own, arms, world, seeds, fixed)
     description = (
         "A method from a file beside others, each at its own best learning rate after as many trials. Pairs of seeds "
-        "give every arm the same batches."
+        "give every arm the same batches. What a reference differs by from itself means nothing."
     )
-    if study.get("a_a", REFERENCE):
-        description += " The reference enters a second time: no smaller difference means anything."
     told = ", ".join(_options(world, seeds, fixed))
     content = {
         "title": f"{method.label} against {', '.join(METHODS[name].label for name in arms)}"
