@@ -133,15 +133,14 @@ def study_text(file: Path, others: list[str], world: str = "A", seeds: int | Non
         if field in fixed:
             find(fixed[field])
     arms = sorted(dict.fromkeys(others), key=lambda name: name != REFERENCE)
-    settings, study = _settings(method, own, arms, world, seeds, fixed)
+    settings, study = _settings(method, own, arms, world, seeds, **fixed)
     description = (
         "A method from a file beside others, each at its own best learning rate after as many trials. Pairs of seeds "
         "give every arm the same batches. What a reference differs by from itself means nothing."
     )
-    told = ", ".join(_options(world, seeds, fixed))
+    told = [*(METHODS[name].label for name in arms), *_options(world, seeds, fixed)]
     content = {
-        "title": f"{method.label} against {', '.join(METHODS[name].label for name in arms)}"
-        + f" ({told})" * bool(told),
+        "title": f"{method.label} against {', '.join(told)}",
         "description": description,
         "extends": "base",
         **({"fixed": settings} if settings else {}),
@@ -156,9 +155,7 @@ def _options(world: str, seeds: int | None, fixed: dict[str, Any]) -> list[str]:
     return [f"world {world}"] * (world != "A") + own + [f"{seeds} seeds"] * bool(seeds)
 
 
-def _settings(
-    method: Any, own: str, arms: list[str], world: str, seeds: int | None, fixed: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _settings(method: Any, own: str, arms: list[str], world: str, seeds: int | None, **fixed: Any) -> tuple[Any, Any]:
     """Returns what a study fixes and its arms with their rates, as far as ``base`` says something else."""
     from peftscope.methods import METHODS
     from peftscope.planning.experiment import A_A, read_experiment, rounded
@@ -192,5 +189,5 @@ def _settings(
             study[field] = {REFERENCE: None, **study[field]}
         study["controls"] = {REFERENCE: None, arms[0]: ["shuffled-labels"]}
     if "steps" in fixed:
-        fixed = fixed | {"warmup_steps": fixed["steps"] // 20, "validation_every": fixed["steps"] // 4}
+        fixed |= {"warmup_steps": fixed["steps"] // 20, "validation_every": fixed["steps"] // 4}
     return {field: value for field, value in home.fixed.items() if value != base.fixed.get(field)} | fixed, study
