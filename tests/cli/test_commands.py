@@ -143,8 +143,7 @@ def test_command(command: str, workspace: Path, repository: Path, run, monkeypat
         config = PRESETS["smollm2-135m"][1].model_copy(update={"num_layers": 2}).to_config()
         (workspace / "config.json").write_text(json.dumps(config))
         words[words.index("path/to/config.json")] = "config.json"
-    if "lengths.txt" in words and how == "whole":
-        (workspace / "lengths.txt").write_text("40\n300\n")
+    (workspace / "lengths.txt").write_text("40\n300\n")
     shutil.copytree(repository / "examples", workspace / "examples", dirs_exist_ok=True)
     # A dry run of make writes nothing; the others run where nothing is a user's.
     folder = repository if words[0] == "make" else workspace

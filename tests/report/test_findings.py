@@ -18,12 +18,11 @@ from ledger_parts import claims, published_findings
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import published_paths
-from peftscope.report.contrasts import answer, contrasts, readable_difference, spoken_difference
+from peftscope.report.contrasts import answer, contrasts, readable_difference, told
 from peftscope.report.deciding import what_would_decide
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import MOST_SURPRISES, show_claims, show_study
 from peftscope.report.page import ANSWERS
-from peftscope.report.sentences import spoken_outcome
 from peftscope.words import spoken_time
 
 TOPIC = {"title": "One topic", "claims": ["S34"], "larger": "More.", "papers": "Other."}
@@ -159,7 +158,7 @@ def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(name: str, r
     said, folder = answer(table, labels, legend=""), repository / "results/published" / name / "figures"
     report = html.unescape((repository / f"reports/published/{name}/report.html").read_text())
     assert said in report
-    assert all(f"<li>{spoken_difference(row, labels)}." in report for row in table.to_dict("records"))
+    assert all(f"<td>{told(row)}</td>" in report for row in table.to_dict("records"))
     if not any((folder / f"{figure}.svg").is_file() for figure in ANSWERS):  # whose sentences are others
         lines = (repository / "reports/published/findings.md").read_text().splitlines()
         shown = [line for line in lines if f"{name}/report.html)" in line]
@@ -171,7 +170,7 @@ def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(name: str, r
             continue
         numbers = [number for number in readable_difference(row, "").values() if number != "-"]
         (line,) = [line for line in rows_of_study if all(f"| {number} |" in line for number in numbers)]
-        words = spoken_outcome(row["outcome"], row["difference"])
+        words = told(row)
         assert re.search(rf"[|;] {re.escape(words)} (\||\([^)]*\b{name}\b[^)]*\))", line), line
     for finding in published_findings():
         for part in finding["parts"]:

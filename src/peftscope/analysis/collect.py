@@ -78,7 +78,7 @@ def _earlier_tuning(sweep: Sweep) -> dict[str, list[str]]:
     chosen = study.chosen_rates if study else {}
     arms = json.loads(path.read_text())["arms"] if chosen and path.is_file() else {}
     found: dict[str, list[str]] = {}
-    for arm in arms.keys() & chosen.keys():
+    for arm in (each.name for each in (study.entrants if study else ()) if each.name in arms.keys() & chosen.keys()):
         for tried in arms[arm]["tried"]:
             for run in tried["run_ids"]:
                 if run not in sweep.runs and record_path(run).is_file():

@@ -53,9 +53,8 @@ def new_study(
     fixed = {field: value for field, value in (("model", model), ("task", task), ("steps", steps)) if value}
     # A second call with other options writes another study.
     told = [*(others if others != [REFERENCE] else []), *_options(world, seeds, fixed)]
-    name = re.sub(r"\W+|_", "-", "-".join([name_of(file), "study", *told]).lower())
-    for each in (name_of(file), name):
-        check_experiment_name(each)
+    name = "-".join([name_of(file), "study", *(re.sub(r"\W+|_", "-", word).lower() for word in told)])
+    check_experiment_name(name)
     text = study_text(file, others, world, seeds, **fixed)
     contents = {
         METHOD_FILES / f"{name_of(file)}.py": file.read_text(encoding="utf-8"),
@@ -137,17 +136,14 @@ def study_text(file: Path, others: list[str], world: str = "A", seeds: int | Non
         if field in fixed:
             find(fixed[field])
     arms = sorted(dict.fromkeys(others), key=lambda name: name != REFERENCE)
-    settings, study = _settings(method, own, arms, world, seeds, fixed)
+    settings, study = _settings(method, own, arms, world, seeds, **fixed)
     description = (
         "A method from a file beside others, each at its own best learning rate after as many trials. Pairs of seeds "
-        "give every arm the same batches."
+        "give every arm the same batches. What a reference differs by from itself means nothing."
     )
-    if study.get("a_a", REFERENCE):
-        description += " The reference enters a second time: no smaller difference means anything."
-    told = ", ".join(_options(world, seeds, fixed))
+    told = [*(METHODS[name].label for name in arms), *_options(world, seeds, fixed)]
     content = {
-        "title": f"{method.label} against {', '.join(METHODS[name].label for name in arms)}"
-        + f" ({told})" * bool(told),
+        "title": f"{method.label} against {', '.join(told)}",
         "description": description,
         "extends": "base",
         **({"fixed": settings} if settings else {}),
@@ -162,9 +158,7 @@ def _options(world: str, seeds: int | None, fixed: dict[str, Any]) -> list[str]:
     return [f"world {world}"] * (world != "A") + own + [f"{seeds} seeds"] * bool(seeds)
 
 
-def _settings(
-    method: Any, own: str, arms: list[str], world: str, seeds: int | None, fixed: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _settings(method: Any, own: str, arms: list[str], world: str, seeds: int | None, **fixed: Any) -> tuple[Any, Any]:
     """Returns what a study fixes and its arms with their rates, as far as ``base`` says something else."""
     from peftscope.methods import METHODS
     from peftscope.planning.experiment import A_A, read_experiment, rounded
@@ -198,5 +192,5 @@ def _settings(
             study[field] = {REFERENCE: None, **study[field]}
         study["controls"] = {REFERENCE: None, arms[0]: ["shuffled-labels"]}
     if "steps" in fixed:
-        fixed = fixed | {"warmup_steps": fixed["steps"] // 20, "validation_every": fixed["steps"] // 4}
+        fixed |= {"warmup_steps": fixed["steps"] // 20, "validation_every": fixed["steps"] // 4}
     return {field: value for field, value in home.fixed.items() if value != base.fixed.get(field)} | fixed, study

@@ -169,29 +169,6 @@ def steep(losses: list[float]) -> int:
     return sum(loss > STEEP * median(losses) for loss in losses)
 
 
-def spoken_difference(row: dict[Any, Any], labels: dict[str, str]) -> str:
-    """Returns a comparison in words, as one sentence without its full stop.
-
-    >>> row = dict(arm="dora", against="lora", n=3, difference=0.038, difference_low=-0.019, difference_high=0.095)
-    >>> row |= dict(percent=4.1, percent_low=-2.1, percent_high=10.3, bound_percent=8.9, outcome="open")
-    >>> spoken_difference(row, {"dora": "D", "lora": "L"})
-    'D against L: +4.1 % of the task gain [−2.1, +10.3], +0.038 nats per token: not told apart, within 8.9 %'
-    >>> row |= dict(percent=math.nan, accuracy=2.0, accuracy_low=1.0, accuracy_high=3.0, outcome="differs, size open")
-    >>> spoken_difference(row, {"dora": "D", "lora": "L"})
-    'D against L: +0.038 nats per token [−0.019, +0.095], +2.0 points of exact match [+1.0, +3.0]: ahead'
-    """
-    name = labels[row["arm"]] if row["arm"].endswith(A_A) else f"{labels[row['arm']]} against {labels[row['against']]}"
-    words = told(row)
-    if has_gain := not math.isnan(row["percent"]):
-        nats = f"{signed(row['difference'], '.3f')} nats per token"
-        said = [_signed(row, "percent", ".1f", " % of the task gain"), nats]
-    else:
-        said = [_signed(row, "difference", ".3f", " nats per token")]
-    if pd.notna(row.get("accuracy")):
-        said.append(_signed(row, "accuracy", ".1f", " points of exact match"))
-    return f"{name}: {', '.join(said)}: {words}" + (f", within {row['bound_percent']:.1f} %" if has_gain else "")
-
-
 def told(row: dict[Any, Any], other: str = "") -> str:
     """Returns what a comparison says, and that a correction says it where the interval alone would say more."""
     is_corrected = row["outcome"] == Outcome.OPEN and row["difference_low"] * row["difference_high"] > 0
@@ -209,8 +186,8 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
         reference = table["against"].iloc[0]
         text = {
             "arm": compared_label(row["arm"], row["against"], reference, labels),
-            **readable_difference(row, labels[reference]),
             "what it says": told(row),
+            **readable_difference(row, labels[reference]),
             "pairs that would decide": formatted(row["pairs_to_decide"], ",.0f"),
             "standard error of tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
         }

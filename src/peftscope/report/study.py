@@ -23,7 +23,6 @@ from peftscope.report.contrasts import (
     readable_contrasts,
     readable_controls,
     readable_tuning,
-    spoken_difference,
     tuning,
 )
 from peftscope.report.looks import GREY, Look, arm_looks
@@ -135,7 +134,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "first": labels[study.reference],
         "subject": study.subject,
         "answer": answer(table, labels),
-        "sentences": [spoken_difference(row, labels) for row in rows],
+        "compares": bool(rows),
         "a_a": bool(a_a),
         "no_gain": math.isnan(study.yardstick) and any(name == "shuffled-labels" for name, _ in study.controls),
         "a_a_fails": any(row["difference_low"] > 0 or row["difference_high"] < 0 for row in a_a),
