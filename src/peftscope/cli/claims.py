@@ -50,7 +50,8 @@ def claims(
     from peftscope.report.spoken import spoken_finding, spoken_verdict, told
 
     if add:
-        return _add()
+        _add()
+        return
     if published and (write or reuse):
         raise InputError(Problem("--published", "measures nothing", "leave --write and --reuse out"))
     if not (published or write or reuse or all(map(find_spec, MEASURED_WITH))):

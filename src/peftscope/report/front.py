@@ -75,8 +75,8 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         if verdicts
     )
     lines = surprising(findings, surprises, PUBLISHED_REPORTS / "claims.md")[:MOST_SURPRISES]
-    worlds = f" ![{said}]({WORLDS_FIGURE})" if (said := show_worlds()) else ""
-    shown = f"![{len(findings)} claims: {words}]({BAR}){worlds}\n\n" + "\n".join(lines) + "\n"
+    figure = f" ![{said}]({WORLDS_FIGURE})" if (said := show_worlds()) else ""
+    shown = f"![{len(findings)} claims: {words}]({BAR}){figure}\n\n" + "\n".join(lines) + "\n"
     _show(BEGIN, shown, END)
     basis = rests_on(findings)
     for page in filter(Path.is_file, (README, RESTS_ON)):

@@ -34,9 +34,9 @@ def world_answers() -> pd.DataFrame:
                 found, scale = study.difference(arm, study.reference), 100 / study.task_gain
             except InputError:
                 continue  # the arm has not run there
-            low, high = (scale * end for end in found.interval())
+            low, high = found.interval()
             row = {"world": study.subject, "question": question, "ahead": scale * found.mean}
-            rows.append(row | {"below": row["ahead"] - low, "above": high - row["ahead"]})
+            rows.append(row | {"below": scale * (found.mean - low), "above": scale * (high - found.mean)})
     return pd.DataFrame(rows)
 
 
