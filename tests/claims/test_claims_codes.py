@@ -66,8 +66,6 @@ def test_relative_errors_of_normal_values_are_those_of_the_literature() -> None:
 def test_weights_that_were_not_fetched_are_no_verdict(in_tmp: None) -> None:
     with pytest.raises(NotRunError, match="peftscope fetch minilm"):
         codes.share_with_lower_error("minilm", 64, "nf4", ["int4"])
-    with pytest.raises(NotRunError, match="peftscope fetch minilm"):
-        quantised_models.loss_added_by_double_quantization("minilm")
     assert verdict_of("S64") == Verdict.NOT_RUN
 
 

@@ -175,4 +175,3 @@ def test_pairs_take_turns_and_their_median_ratio_stands_in_its_interval() -> Non
     assert found.n == 6
     assert found.low <= found.value <= found.high
     assert found.value > 1.2
-    assert found.evidence["above the line, seconds, median"] > found.evidence["below the line, seconds, median"]
