@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -13,6 +13,9 @@ import yaml
 from peftscope.cli.console import OWN
 from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.layout import EXPERIMENTS, METHOD_FILES, check_experiment_name, shipped
+
+if TYPE_CHECKING:
+    from peftscope.planning.experiment import Study
 
 app = typer.Typer()
 
@@ -54,7 +57,7 @@ def new_study(
     for path, content in contents.items():
         if path.is_file() and path.read_text(encoding="utf-8") != content:
             raise InputError(Problem(str(path), "is there with another content", "remove it, or rename your file"))
-    trained = tried(file, model or yaml.safe_load(text).get("fixed", {}).get("model"))
+    trained = tried(file, model or _study_of(world)[1].get("model"))
     written = [path for path in contents if not path.is_file()]
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +87,15 @@ def tried(file: Path, model: str | None) -> str:
     counted = trained_values(try_method(file, method()), model)
     said = f"{counted[0]:,} of {counted[1]:,} values" if counted else "as many values as a run will say"
     return f"{method.label} took two steps on the toy model. Of {model} it trains {said}."
+
+
+def _study_of(world: str) -> tuple[Study | None, dict[str, Any]]:
+    """Returns the study of a world, and the fields that are fixed there and not in ``studies/base.yaml``."""
+    from peftscope.planning.experiment import read_experiment
+
+    names = "base", WORLDS[world]
+    base, there = (read_experiment(shipped(EXPERIMENTS / "studies" / f"{name}.yaml")) for name in names)
+    return there.study, {field: value for field, value in there.fixed.items() if value != base.fixed.get(field)}
 
 
 def study_text(file: Path, others: list[str], model: str | None, world: str = "A") -> str:
@@ -116,12 +128,8 @@ def study_text(file: Path, others: list[str], model: str | None, world: str = "A
     if model is not None:
         find_model(model)
     arms = sorted(dict.fromkeys(others), key=lambda name: name != REFERENCE)
-    base, there = (
-        read_experiment(shipped(EXPERIMENTS / "studies" / f"{name}.yaml")) for name in ("base", WORLDS[world])
-    )
-    fixed = {field: value for field, value in there.fixed.items() if value != base.fixed.get(field)}
+    known, fixed = _study_of(world)
     fixed |= {"model": model} if model else {}
-    known = there.study
     defaults = read_experiment(shipped(EXPERIMENTS / "defaults.yaml")).methods
     assert known is not None
 
