@@ -81,7 +81,7 @@ test: $(READY)
 	@$(MAKE) --no-print-directory smoke
 
 slow: $(READY)
-	$(PYTEST) --durations 15 -m "slow and not alone"
+	$(PYTEST) -rs --durations 15 -m "slow and not alone"
 	$(BIN)/pytest -m alone tests/memory tests/training
 
 # One at a time: they measure nothing, but time their faults by what a free machine does.

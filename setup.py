@@ -13,6 +13,8 @@ SHIPPED = {
 """The folders, and the endings of the files in them that a wheel has."""
 LEFT_OUT = {"items.parquet", "losses.parquet", "weights.parquet"}
 """Single items, losses along the way (records have them too), measured weights: too much for the wheel."""
+WORLDS = {"sums", "pronunciation", "pronunciation-gemma"}
+"""The studies of worlds, of which the tables travel and the records do not: there are hundreds of each."""
 
 
 class BuildWithFolders(build_py):
@@ -24,7 +26,9 @@ class BuildWithFolders(build_py):
             path.as_posix()
             for folder, endings in SHIPPED.items()
             for path in Path(folder).rglob("*")
-            if path.suffix in endings and path.name not in LEFT_OUT
+            if path.suffix in endings
+            and path.name not in LEFT_OUT
+            and not (path.name == "records.parquet" and path.parent.name in WORLDS)
         )
 
     def get_source_files(self):

@@ -252,13 +252,6 @@ def test_all_assertions_and_conditions_decide_and_nothing_beside_them(verdicts: 
         assert found.verdict == whole
 
 
-def test_an_answer_may_be_one_text_for_all_verdicts() -> None:
-    for answers in ("{found} of it", {"wrong": "{found} of it"}):
-        one = part(answers=answers)
-        said = {verdict: PartFinding(one, verdict, found=Measurement(2.0)).answer for verdict in Verdict}
-        assert said[Verdict.WRONG] == "2 of it" and (said[Verdict.HOLDS] == "2 of it") == isinstance(answers, str)
-
-
 def test_it_says_how_it_is_known() -> None:
     def known(kind: str, **found: Any) -> str:
         return PartFinding(part(kind=kind), Verdict.HOLDS, found=Measurement(1.0, **found)).known
@@ -504,7 +497,10 @@ def test_the_skeleton_of_a_claim_says_what_it_lacks(own_folder: Path, peftscope:
     Path("experiments/claims.yaml").write_text(file_of(ENTRY | {"id": "P7"}))
     code, said, _ = peftscope("claims", "--add")
     assert code == 0 and "P8.source: " in said and "P8.parts[0].measures: " in said and "P7." not in said
-    assert list(yaml.safe_load(Path("experiments/claims.yaml").read_text())["claims"].values())[-1].keys() == {"P7", "P8"}
+    assert list(yaml.safe_load(Path("experiments/claims.yaml").read_text())["claims"].values())[-1].keys() == {
+        "P7",
+        "P8",
+    }
 
 
 def test_a_verdict_says_that_its_rule_moved_it_after_its_result_was_seen() -> None:

@@ -63,34 +63,10 @@ def test_relative_errors_of_normal_values_are_those_of_the_literature() -> None:
     assert errors[0] < errors[1]
 
 
-def test_shares_and_ratios_of_the_toy_model(toy: Path) -> None:
-    found = codes.share_with_lower_error("toy", 64, "nf4", ["int4", "int4-twos-complement"])
-    assert found.n == 14
-    assert 0 <= found.value <= 1
-    assert found.evidence["mean rmse of nf4"] == pytest.approx(0.092, abs=0.001)
-    assert codes.share_with_lower_error("toy", 64, "int4", ["nf4"]).value == pytest.approx(
-        1 - found.evidence["matrices on which nf4 beats int4"] / 14
-    )
-
-
 def test_weights_that_were_not_fetched_are_no_verdict(in_tmp: None) -> None:
     with pytest.raises(NotRunError, match="peftscope fetch minilm"):
         codes.share_with_lower_error("minilm", 64, "nf4", ["int4"])
-    with pytest.raises(NotRunError, match="peftscope fetch minilm"):
-        quantised_models.loss_added_by_double_quantization("minilm")
     assert verdict_of("S64") == Verdict.NOT_RUN
-
-
-def test_losses_of_a_model_rounded_by_code(toy: Path) -> None:
-    """Windows are paired, and the nearest rival counts."""
-    found = quantised_models.loss_added_by_rivals("toy", "nf4", ["int4", "fp4"])
-    assert found.n == len(found.samples) > 5
-    assert found.evidence["loss, nf4"] != found.evidence["loss, not rounded"]
-    nearest = found.evidence["measured against"]
-    difference = found.evidence[f"loss, {nearest}"] - found.evidence["loss, nf4"]
-    assert found.value == pytest.approx(difference, abs=1e-9)
-    assert found.low < found.value < found.high
-    assert found.evidence[f"loss, {nearest}"] == min(found.evidence["loss, int4"], found.evidence["loss, fp4"])
 
 
 def test_only_linear_layers_inside_the_blocks_are_rounded(toy: Path) -> None:

@@ -142,11 +142,6 @@ def test_times_of_a_card_without_bf16_never_decide(tmp_path: Path) -> None:
     assert measured is not None and measured.n == 1 and "T4" not in measured.model
 
 
-def test_without_results_it_says_what_to_run(tmp_path: Path) -> None:
-    found = judged(part_of("S88"), tmp_path / "nothing")
-    assert found.verdict == Verdict.NOT_RUN and "make gpu-check" in found.reason
-
-
 @pytest.mark.parametrize("content", ["", "{", "run_id,device\n1,cuda\n", '"'])
 def test_damaged_results_are_a_reason_and_no_traceback(content: str, tmp_path: Path) -> None:
     write_card(tmp_path, [])

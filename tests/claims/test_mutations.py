@@ -209,8 +209,8 @@ ELSEWHERE = {
     "test_claims_overfitting": "overfitting.rise overfitting.smaller_gap",
     "test_claims_training": "answers.share_that_change answers.spread_of_scores "
     "subspaces.intrinsic_dimension training.heldout_gain_on_base "
-    "training.learning_rate_ratio training.learning_rate_spread training.rate_correlation",
-    "test_study": "training.accuracy_gain training.closest training.difference_of_gains training.furthest "
+    "training.closest training.learning_rate_ratio training.learning_rate_spread training.rate_correlation",
+    "test_study": "training.accuracy_gain training.difference_of_gains training.furthest "
     "training.heldout_gain training.training_gain training.smallest_rank",
 }
 """Other tests in which changed worlds decide checks otherwise, by their files."""

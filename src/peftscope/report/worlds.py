@@ -35,8 +35,8 @@ def world_answers() -> pd.DataFrame:
             except InputError:
                 continue  # the arm has not run there
             low, high = found.interval()
-            reach = {"below": scale * (found.mean - low), "above": scale * (high - found.mean)}
-            rows.append({"world": study.subject, "question": question, "ahead": scale * found.mean} | reach)
+            row = {"world": study.subject, "question": question, "ahead": scale * found.mean}
+            rows.append(row | {"below": scale * (found.mean - low), "above": scale * (high - found.mean)})
     return pd.DataFrame(rows)
 
 
