@@ -180,10 +180,10 @@ def command(spec: Any, folder: Path, *options: str) -> list[str]:
     return [sys.executable, *map(str, words), "--keep-weights", "all", *options]
 
 
-def quartiles(*values: float) -> dict[str, float]:
+def quartiles(*values: float, of: str = "") -> dict[str, float]:
     """Returns the fields of a record's times whose median and quartiles these are, or all of which are one value."""
     lower, median, upper = values if len(values) == 3 else values * 3
-    return {"seconds_lower_quartile": lower, "seconds_median": median, "seconds_upper_quartile": upper}
+    return {f"{of}seconds_lower_quartile": lower, f"{of}seconds_median": median, f"{of}seconds_upper_quartile": upper}
 
 
 def wait_for(condition: Callable[[], Any], what: str = "it", seconds: float = 120) -> Any:

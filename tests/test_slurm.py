@@ -29,41 +29,6 @@ pytestmark = pytest.mark.slurm
 ETC = Path("/etc/slurm")
 CARDS = 2
 MEMORY_MB = 12_000
-SLURM_CONF = """
-ClusterName=peftscope
-SlurmctldHost={host}(127.0.0.1)
-SlurmUser={user}
-AuthType=auth/munge
-CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket
-SlurmctldPort={port}
-SlurmdPort={node_port}
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-MpiDefault=none
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core_Memory
-SchedulerParameters=bf_interval=5,sched_interval=5
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-MinJobAge=3600
-KillWait=20
-ReturnToService=2
-GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory={memory} Gres=gpu:{cards} State=UNKNOWN
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 MaxTime=60
-PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
-"""
-
-
 TRIES = 5
 """How often a running job is stopped, at most, until one was met before it ended by itself."""
 
@@ -96,7 +61,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     host = socket.gethostname().partition(".")[0]
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
     values = {"host": host, "user": user, "folder": folder, "memory": MEMORY_MB, "cards": CARDS}
-    conf = SLURM_CONF.format(port=free_port(), node_port=free_port(), **values)
+    conf = Path(__file__).with_name("slurm.conf").read_text().format(port=free_port(), node_port=free_port(), **values)
     # In its usual place: Snakemake's jobs do not inherit SLURM_CONF.
     found = ETC / "slurm.conf"
     assert not found.exists() or "ClusterName=peftscope" in found.read_text(), f"{ETC} describes another cluster"

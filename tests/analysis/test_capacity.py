@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from ledger_parts import part_with, write_results
+from ledger_parts import changed_part, part_with, write_results
 
 from peftscope.analysis import capacity
 from peftscope.analysis.capacity import breaks, fit_break, stored_bits
@@ -122,8 +122,7 @@ def test_the_claim_on_two_bits_follows_the_break(here: Path) -> None:
     write_runs(0.3)
     assert evaluate_part(part).verdict is Verdict.WRONG
     for exposures, verdict in ((1, Verdict.WRONG), (10**9, Verdict.OPEN)):
-        asked = part.with_ | {"least": 1, "exposures": exposures}
-        assert evaluate_part(part.model_copy(update={"with_": asked})).verdict is verdict
+        assert evaluate_part(changed_part(part, least=1, exposures=exposures)).verdict is verdict
     write_runs(2.0, sizes=(4, 8, 12, 16))
     assert "do not enclose the break of LoRA, rank 1" in evaluate_part(part).reason
     write_runs(2.0)
@@ -139,7 +138,7 @@ def test_claims_on_ranks_follow_what_they_store(here: Path) -> None:
 
     def verdicts() -> list[Verdict]:
         return [
-            evaluate_part(part.model_copy(update={"with_": {**part.with_, **ranks}})).verdict
+            evaluate_part(changed_part(part, **ranks)).verdict
             for name, (check, given) in questions.items()
             for part in [part_with(name, check, **given)]
             for ranks in [{"ranks": [1, 4, 16]} if name == "P16" else {"control": 16}]

@@ -62,7 +62,7 @@ def record_of(run: str, **changes: Any) -> RunRecord:
     facts: dict[str, Any] = {
         "status": "ok",
         "memory": Memory(train=peaks, predicted=predicted, resident_tensor_bytes=13 * GB),
-        "speed": Speed(timed_steps=20, matmul_share=0.5, **step_quartiles(0.19, 0.2, 0.21)),
+        "speed": Speed(timed_steps=20, matmul_share=0.5, **quartiles(0.19, 0.2, 0.21, of="step_")),
         "latency": latency(1.05),
         "train_nll": [10.5] * spec.steps,
         "train_batches_sha256": "ab" * 32,
@@ -79,10 +79,6 @@ def record_of(run: str, **changes: Any) -> RunRecord:
         },
     }
     return RunRecord(run_id=run, spec=spec, **{**facts, **changes})
-
-
-def step_quartiles(*values: float) -> dict[str, float]:
-    return {f"step_{name}": value for name, value in quartiles(*values).items()}
 
 
 def latency(apart: float) -> dict[str, Timing]:

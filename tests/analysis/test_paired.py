@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +71,18 @@ def write_log(folder: Path, correct: list[int], first: int = 0, question: str = 
     return path
 
 
+def write_run(folder: Path, nll: list[float], **spec: Any) -> Path:
+    """Writes what a run of the suite leaves: the second item has a token more than the first, and so on."""
+    rows = [
+        {"item": i, "prompt": f"{i}?", "target": "x", "nll": each, "tokens": 1 + i, "answer": "x", "correct": i}
+        for i, each in enumerate(nll)
+    ]
+    folder.mkdir()
+    (folder / "spec.json").write_text(json.dumps({"init_seed": None, "method": {"name": "lora"}} | spec))
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "items.jsonl"
+
+
 class TestStatistics:
     def test_pairs_of_seeds_are_a_paired_t_test_and_unpaired_runs_are_welchs(self) -> None:
         random = RANDOM(0)
@@ -129,15 +140,8 @@ class TestSources:
         assert 35 < found.spread / math.sqrt(6) / of_items < 45  # as the page says
 
     def test_the_suites_items(self, tmp_path: Path) -> None:
-        for name, nll in (("lora-s0-1", [1.0, 4.0]), ("lora-s1-2", [2.0, 5.0])):
-            rows = [
-                {"item": i, "prompt": f"{i}?", "target": "x", "nll": each, "tokens": 1 + i, "answer": "x", "correct": i}
-                for i, each in enumerate(nll)
-            ]
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "items.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-            spec = {"seed": int(name[6]), "init_seed": None, "learning_rate": 0.1, "method": {"name": "lora"}}
-            (tmp_path / name / "spec.json").write_text(json.dumps(spec))
+        for seed, nll in enumerate(([1.0, 4.0], [2.0, 5.0])):
+            write_run(tmp_path / f"lora-s{seed}-{seed}", nll, seed=seed, learning_rate=0.1)
         runs = read_scores(str(tmp_path))
         assert [(run.system, run.seed, run.metric, run.unit) for run in runs] == [
             ("lora at 0.1", seed, "loss", "nats per token") for seed in (0, 1)
@@ -208,9 +212,8 @@ class TestSources:
         systems = by_system(read_scores(str(tmp_path / "x.csv")))
         assert {name: len(runs) for name, runs in systems.items()} == {"None": 2, "NA": 1, "007": 1}
 
-    def test_an_empty_source_is_not_this_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "x.csv").write_text("seed,score\n0,1\n")
-        monkeypatch.chdir(tmp_path)
+    def test_an_empty_source_is_not_this_folder(self, in_tmp: None) -> None:
+        csv("x", seed=[0], score=[1])
         assert len(read_scores(".")) == 1
         with pytest.raises(InputError, match="names nothing"):
             read_scores("")
@@ -221,17 +224,15 @@ class TestSources:
             read_scores(source)
 
 
+def csv(file: str, **columns: Any) -> list[Any]:
+    """Writes a table, and returns the scores that are read of it."""
+    pd.DataFrame(columns).to_csv(f"{file}.csv", index=False)
+    return read_scores(f"{file}.csv")
+
+
+@pytest.mark.usefixtures("in_tmp")
 class TestRefusals:
-    @pytest.fixture
-    def csv(self, tmp_path: Path) -> Callable[..., list[Any]]:
-        def make(name: str, **columns: Any) -> list[Any]:
-            path = tmp_path / f"{name}.csv"
-            pd.DataFrame(columns).to_csv(path, index=False)
-            return read_scores(str(path))
-
-        return make
-
-    def test_the_order_of_items_does_not_matter(self, csv: Callable[..., list[Any]]) -> None:
+    def test_the_order_of_items_does_not_matter(self) -> None:
         a, b = csv("a", item=[1, 2, 3], score=[5, 6, 9]), csv("b", item=[3, 1, 2], score=[8, 5, 6])
         assert list(pair(a, b).by_item) == [0, 0, 1]
 
@@ -254,21 +255,15 @@ class TestRefusals:
             read_scores(str(write_peft(tmp_path, "z", 0.0, status="failed")))
 
     def test_each_seed_has_its_own_start(self, tmp_path: Path) -> None:
-        rows = [{"item": i, "prompt": f"{i}", "target": "1", "nll": i + 0.5, "tokens": 1} for i in range(3)]
-
         def run(seed: int, start: str) -> list[Any]:
             folder = tmp_path / f"lora-r8-s{seed}-{len(start)}"
-            folder.mkdir()
-            (folder / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
-            spec = {"seed": seed, "learning_rate": 1e-3, "start_from": start}
-            (folder / "spec.json").write_text(json.dumps(spec))
-            return read_scores(str(folder / "items.jsonl"))
+            return read_scores(str(write_run(folder, [0.5, 1.5, 2.5], seed=seed, learning_rate=1e-3, start_from=start)))
 
         check_side([*run(0, "lora-r4-s0-0123abcd"), *run(1, "lora-r4-s1-89efabcd")])
         with pytest.raises(InputError, match="these are two systems: start_from is 'lora-r4' and 'full-s0-0123abcd'"):
             check_side([*run(2, "lora-r4-s2-0123abcd"), *run(3, "full-s0-0123abcd")])
 
-    def test_one_run_against_several(self, csv: Callable[..., list[Any]]) -> None:
+    def test_one_run_against_several(self) -> None:
         with pytest.raises(InputError, match="1 and 3 runs: one run does not show"):
             pair(csv("a", seed=[7], score=[1]), csv("b", seed=[0, 1, 2], score=[1, 2, 4]))
         with pytest.raises(InputError, match="seed 1 appears twice"):
@@ -278,11 +273,9 @@ class TestRefusals:
 @pytest.mark.usefixtures("in_tmp")
 class TestRanking:
     def systems(self, spread: float, seeds: int, levels: list[float]) -> dict[str, Any]:
-        random, rows = RANDOM(2), []
-        for number, level in enumerate(levels):
-            rows += [(f"s{number}", seed, level + random.normal(0, spread)) for seed in range(seeds)]
-        Path("all.csv").write_text(pd.DataFrame(rows, columns=["name", "seed", "score"]).to_csv(index=False))
-        return by_system(read_scores("all.csv"))
+        random, names = RANDOM(2), np.repeat([f"s{number}" for number in range(len(levels))], seeds)
+        scores = [level + random.normal(0, spread) for level in levels for _ in range(seeds)]
+        return by_system(csv("all", name=names, seed=[*range(seeds)] * len(levels), score=scores))
 
     def test_groups_and_places(self) -> None:
         found = rank(self.systems(0.01, 8, [5.0, 5.001, 7.0, 9.0, 9.001]))
@@ -312,9 +305,8 @@ class TestRanking:
         """Items differ by far more than systems do, and alike for all."""
         hard = RANDOM(0).normal(0, 5, 200)
         scores = {f"s{k}": hard + k + RANDOM(k).normal(0, 1, 200) for k in range(3)}
-        rows = [(name, item, score) for name, found in scores.items() for item, score in enumerate(found)]
-        Path("all.csv").write_text(pd.DataFrame(rows, columns=["name", "item", "loss"]).to_csv(index=False))
-        found = rank(by_system(read_scores("all.csv")))
+        columns = {"item": [*range(200)] * 3, "loss": np.concatenate([*scores.values()])}
+        found = rank(by_system(csv("all", name=np.repeat([*scores], 200), **columns)))
         assert found.systems == ["s0", "s1", "s2"]  # the lowest loss first
         assert found.undecided(corrected=True) == 0
         assert found.errors == pytest.approx(np.full(3, 1 / math.sqrt(200)), rel=0.2)

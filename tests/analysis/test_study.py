@@ -88,52 +88,48 @@ def _expanded(*_: Any) -> Sweep:
     return expand("mine")
 
 
-def record(
-    run: str,
-    *,
-    validation: float | None = None,
-    heldout: float | None = None,
-    status: str = "ok",
-    losses: list[float] | None = None,
-    curve: dict[int, float] | None = None,
-) -> None:
-    spec = mine().runs[run]
-    quality = Quality(validation_nll=validation, heldout_nll=heldout, validation_curve=curve or {})
-    losses = losses or [3.0, 2.0, 2.0 if heldout is None else heldout]
-    path = Path("results/runs") / run / "record.json"
-    write_record(path, RunRecord(run_id=run, status=status, spec=spec, quality=quality, train_nll=losses))
-
-
-def change_scores(run: str, **scores: float | None) -> None:
-    path = Path("results/runs") / run / "record.json"
-    found = parse_record(path.read_bytes(), run)
-    write_record(path, found.model_copy(update={"quality": found.quality.model_copy(update=scores)}))
+def record(run: str, *, status: str = "ok", heldout: float | None = None, **scores: Any) -> None:
+    """Writes the record of a run of the study; scores are fields of its quality."""
+    quality = Quality(heldout_nll=heldout, **scores)
+    losses = [3.0, 2.0, 2.0 if heldout is None else heldout]
+    made = RunRecord(run_id=run, status=status, spec=mine().runs[run], quality=quality, train_nll=losses)
+    write_record(Path("results/runs") / run / "record.json", made)
 
 
 def members(comparison: str) -> list[str]:
     return next(list(c.runs) for c in mine().comparisons if c.name == comparison)
 
 
+def control_runs(control: str) -> list[str]:
+    """Returns the runs of a control of LoRA without LoRA's own, with which they are compared."""
+    return [run for run in members(f"control-{control}-lora") if run not in members("arm-lora")]
+
+
 def record_tuning(curves: dict[str, list[float | None]] = CURVE) -> None:
     for arm, curve in curves.items():
         for run, loss in zip(members(f"tune-{arm}"), curve, strict=True):
-            record(run, validation=loss, heldout=loss, status="ok" if loss is not None else "diverged")
+            record(run, validation_nll=loss, heldout=loss, status="ok" if loss is not None else "diverged")
 
 
-def record_comparison(gains_of: dict[str, list[float]] = GAINS) -> None:
+def record_comparison(gains_of: dict[str, list[float]] = GAINS, **scores: list[dict[str, float]]) -> None:
+    """Records the arms and the controls; keywords give further scores of an arm's runs."""
     record(members("runs")[0], heldout=BASE_LOSS)
     for arm, gains in gains_of.items():
-        for run, gain in zip(members(f"arm-{arm}"), gains, strict=True):
-            record(run, heldout=BASE_LOSS - gain)
+        for run, gain, more in zip(members(f"arm-{arm}"), gains, scores.get(arm, [{}] * 6), strict=True):
+            record(run, heldout=BASE_LOSS - gain, **more)
     for control, gains in (("a-a", AGAIN), ("zero-lr", [0.0] * 6), ("shuffled-labels", [0.5, 0.4, 0.6] * 2)):
-        runs = [run for run in members(f"control-{control}-lora") if run not in members("arm-lora")]
-        for run, gain in zip(runs, gains, strict=True):
+        for run, gain in zip(control_runs(control), gains, strict=True):
             record(run, heldout=BASE_LOSS - gain)
 
 
 def collected() -> StudyResults:
     collect_experiment(expand("mine"))
     return StudyResults("mine")
+
+
+def compared(gains_of: dict[str, list[float]] = GAINS, **scores: list[dict[str, float]]) -> StudyResults:
+    record_comparison(gains_of, **scores)
+    return collected()
 
 
 def record_rates(gains_of: dict[str, list[float]] = GAINS, beside: float = 0.3, **beside_of: float) -> None:
@@ -152,13 +148,20 @@ def record_rates(gains_of: dict[str, list[float]] = GAINS, beside: float = 0.3, 
             for run in runs:
                 steps = round(math.log(specs[run].learning_rate / centre) / math.log(3**0.5))
                 loss = BASE_LOSS - gains[specs[run].seed] + beside_of.get(arm, beside) * abs(steps)
-                record(run, heldout=loss, validation=loss)
+                record(run, heldout=loss, validation_nll=loss)
 
 
 @pytest.fixture
 def tuned(write_study_file) -> None:
     """A study at rates that were chosen before."""
     write_study_file()
+
+
+@pytest.fixture
+def untuned(write_study_file) -> None:
+    """A study whose listed rates have run, of which none was chosen."""
+    write_study_file(**TUNED)
+    record_tuning()
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[]
     def make(name: str, record_all: Callable[[], None]) -> None:
         if not (folder / name).exists():
             record_all()
-            collect_experiment(expand("mine"))
+            collected()
             shutil.copytree("results", folder / name)
         else:
             shutil.copytree(folder / name, "results")
@@ -232,7 +235,7 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ("zero-lr", lambda seed: {"learning_rate": 0}),
         ("shuffled-labels", lambda seed: {"shuffled_targets": True}),
     ):
-        controls_of = [runs[run] for run in members(f"control-{control}-lora") if run not in members("arm-lora")]
+        controls_of = [runs[run] for run in control_runs(control)]
         assert len(controls_of) == 6
         for spec in controls_of:
             assert spec.canonical() == own[spec.seed] | change(spec.seed)
@@ -301,37 +304,30 @@ def test_a_centre_that_is_known_needs_no_listed_best(write_study_file) -> None:
     assert {expand("mine").runs[run].learning_rate for run in members("rates-lora")} == {1.2e-3, 2e-3, 3.5e-3}
 
 
-def test_an_arm_that_always_diverges_needs_lower_rates(write_study_file) -> None:
-    write_study_file(**TUNED)
-    record_tuning(CURVE | {"lora": [None] * 3})
+def test_an_arm_that_always_diverges_needs_lower_rates(untuned: None) -> None:
+    record_tuning({"lora": [None] * 3})
     with pytest.raises(InputError, match="training diverged at all 3 -> add lower ones"):
         choose_rates(expand("mine"), 0)
 
 
-def test_one_rate_follows_beyond_an_end_at_most_twice_and_the_end_is_told(write_study_file) -> None:
+def test_one_rate_follows_beyond_an_end_at_most_twice_and_the_end_is_told(untuned: None) -> None:
     """LoRA gains at every higher rate, full fine-tuning at one higher rate and no more."""
-    write_study_file(**TUNED)
-    record_tuning()
     record_rates(lora=-0.1)
     rates = [json.loads(Path(f"results/mine/rates-{n}.json").read_text())["arms"]["lora"]["rates"] for n in range(3)]
     assert rates[0] == [5.8e-4, 1e-3, 1.7e-3]
     # Both ends are equally good: the lower one counts first.
     assert rates[1] == [3.3e-4, *rates[0]] and rates[2] == [1.9e-4, *rates[1]]
     record_comparison({arm: GAINS[arm] for arm in ("full", "thin")})
-    for run in members("control-shuffled-labels-lora"):
-        if run not in members("arm-lora"):
-            record(run, heldout=2.5)
+    for run in control_runs("shuffled-labels"):
+        record(run, heldout=2.5)
     study = collected()
     assert study.rate("lora").best == 1.9e-4 and len(study.rate("lora").losses) == 5
     assert study.arms_at_an_end == ["lora"]
-    settings = expand("mine").experiment.study
-    assert settings is not None and study_facts(study, settings)["at_an_end"] == "LoRA"
+    assert study_facts(study, expand("mine").experiment.study)["at_an_end"] == "LoRA"
 
 
-def test_one_lucky_and_one_unlucky_seed_decide_nothing(write_study_file) -> None:
+def test_one_lucky_and_one_unlucky_seed_decide_nothing(untuned: None) -> None:
     """At the higher rate one seed is far ahead and the others are behind; at the centre one ended on the steep rise."""
-    write_study_file(**TUNED)
-    record_tuning()
     record_rates()
     for run in members("rates-lora"):
         spec = mine().runs[run]
@@ -340,10 +336,10 @@ def test_one_lucky_and_one_unlucky_seed_decide_nothing(write_study_file) -> None
         if spec.seed == 1 and spec.learning_rate == 1e-3:
             record(run, status="diverged")
     choose_rates(expand("mine"), 3)
-    record_comparison(GAINS | {"lora": [GAINS["lora"][0], 0.0, *GAINS["lora"][2:]]})
-    study = collected()
+    gains = [GAINS["lora"][0], 0.0, *GAINS["lora"][2:]]
+    study = compared(GAINS | {"lora": gains})
     assert study.rate("lora").best == 1e-3
-    kept = sorted(BASE_LOSS - gain for gain in [GAINS["lora"][0], 0.0, *GAINS["lora"][2:]])[1:-1]
+    kept = sorted(BASE_LOSS - gain for gain in gains)[1:-1]
     assert study.rate("lora").losses[1e-3] == pytest.approx(sum(kept) / 4)
     table = tuning(study).set_index(["arm", "learning_rate"]).loc["lora"]
     assert table["steep"].tolist() == [0, 1, 0] and table["is_best"].tolist() == [False, True, False]
@@ -371,17 +367,14 @@ def test_the_interval_of_tuned_arms_chooses_the_rate_anew_without_each_seed(at_t
     assert found.half_width() == pytest.approx(stats.t.ppf(0.975, 5) * error)
 
 
-def test_a_choice_between_rates_that_depends_on_one_seed_widens_the_interval(write_study_file) -> None:
-    write_study_file(**TUNED)
-    record_tuning()
+def test_a_choice_between_rates_that_depends_on_one_seed_widens_the_interval(untuned: None) -> None:
     record_rates()
     for run in members("rates-thin"):  # without seed 5 the higher rate is the best, with it the centre
         spec = mine().runs[run]
         if spec.learning_rate == 1.7e-3:
             record(run, heldout=[1.42, 1.41, 1.43, 1.9, 1.42, 1.9][spec.seed])
     choose_rates(expand("mine"), 3)
-    record_comparison()
-    study = collected()
+    study = compared()
     wide = study.difference("thin", "full").half_width()
     without = StudyResults("mine")
     without.table = study.table[~((study.table["label"] == "LoRA") & (study.table["learning_rate"] == 1.7e-3))]
@@ -401,8 +394,7 @@ def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, m
     study.require_finished()
     found = contrasts(study)
     assert list(found["arm"]) == ["lora"] and set(found["against"]) == {"full"}
-    settings = expand("mine").experiment.study
-    assert settings is not None and study_facts(study, settings)["left_out"] == "thin (memory ran out)"
+    assert study_facts(study, expand("mine").experiment.study)["left_out"] == "thin (memory ran out)"
     record(members("tune-full")[1], status="oom")
     choose_rates(expand("mine"), 3)
     with pytest.raises(InputError, match="its reference arm `full` is left out"):
@@ -456,12 +448,10 @@ def test_the_a_a_arm_has_its_own_listed_runs_and_another_start_for_each_seed_at_
 
 def test_the_lowest_loss_along_shuffled_runs_is_what_the_form_explains(tuned: None) -> None:
     record_comparison()
-    own = set(members("arm-lora"))
-    for run in members("control-shuffled-labels-lora"):
-        if run not in own:
-            record(run, heldout=2.9, validation=2.8, curve={1: 2.7, 2: 2.4})
-    for run in own:
-        record(run, heldout=1.0, validation=1.1, curve={1: 2.0, 2: 1.5})
+    for run in control_runs("shuffled-labels"):
+        record(run, heldout=2.9, validation_nll=2.8, validation_curve={1: 2.7, 2: 2.4})
+    for run in members("arm-lora"):
+        record(run, heldout=1.0, validation_nll=1.1, validation_curve={1: 2.0, 2: 1.5})
     study = collected()
     assert study.task_gain == pytest.approx(2.4 - 1.1)
     # Batches of four; 1.3 lies half way between the losses after the second and the third step.
@@ -476,8 +466,7 @@ def test_an_arm_may_have_a_given_rate_or_that_of_another(write_study_file) -> No
     sweep = expand("mine")
     assert {sweep.runs[run].learning_rate for run in members("arm-paper")} == {2e-5}
     assert {sweep.runs[run].learning_rate for run in members("arm-short")} == {3e-3}
-    record_comparison(GAINS | {"paper": GAINS["thin"], "short": GAINS["lora"]})
-    study = collected()
+    study = compared(GAINS | {"paper": GAINS["thin"], "short": GAINS["lora"]})
     assert study.arms == ["full", "lora", "paper", "short", "thin"]
     assert study.rate("paper").best == 2e-5 and study.rate("short").regret == 0
     study._tuned = {"lora": {"learning_rate": 1e-3, "tried": [], "regret_rms": 0.02}}
@@ -514,8 +503,7 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_their_number(finished: S
 
 def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     write_study_file(contrasts=[["thin", "lora"]])
-    record_comparison()
-    study = collected()
+    study = compared()
     table = contrasts(study)
     assert table[["arm", "against"]].to_numpy().tolist() == [["lora", "full"], ["thin", "full"], ["thin", "lora"]]
     added = table.iloc[-1]
@@ -623,8 +611,7 @@ def test_claims_measure_shares_of_the_task_gain(finished: StudyResults) -> None:
 
 def test_a_narrow_difference_outside_the_margin_speaks_louder_than_a_wide_one(tuned: None) -> None:
     gains = {"lora": [2.0, 2.8, 1.2, 2.6, 1.4, 2.2], "thin": [1.7, 1.71, 1.69, 1.7, 1.71, 1.69]}
-    record_comparison(GAINS | {"full": [2.0] * 6} | gains)
-    collect_experiment(expand("mine"))
+    compared(GAINS | {"full": [2.0] * 6} | gains)
     lora, thin = (training.heldout_gain("mine", arm, "full") for arm in ("lora", "thin"))
     assert max(-lora.low, lora.high) > max(-thin.low, thin.high)
     found = training.furthest("mine", {"lora": "full", "thin": "full"}, 0.05)
@@ -645,8 +632,7 @@ def test_claims_find_the_smallest_rank_that_is_enough(tuned: None) -> None:
     ranks = {"thin": 2, "lora": 8, "full": 64}
 
     def smallest(thin: float, noise: float) -> training.Measurement:
-        record_comparison({"full": level, "lora": level[::-1], "thin": [thin + noise * (-1) ** k for k in range(6)]})
-        collect_experiment(expand("mine"))
+        compared({"full": level, "lora": level[::-1], "thin": [thin + noise * (-1) ** k for k in range(6)]})
         return training.smallest_rank("mine", ranks, 0.05)
 
     behind = smallest(1.5, 0.01)
@@ -659,11 +645,7 @@ def test_claims_find_the_smallest_rank_that_is_enough(tuned: None) -> None:
 
 
 def test_claims_count_answers_in_points(tuned: None) -> None:
-    record_comparison()
-    for arm, right in (("lora", [0.5, 0.6, 0.55, 0.5, 0.6, 0.55]), ("full", [0.4] * 6)):
-        for run, share in zip(members(f"arm-{arm}"), right, strict=True):
-            change_scores(run, exact_match=share)
-    collect_experiment(expand("mine"))
+    compared(lora=[{"exact_match": share} for share in [0.5, 0.6, 0.55] * 2], full=[{"exact_match": 0.4}] * 6)
     found = training.accuracy_gain("mine", "lora", "full")
     assert found.samples == pytest.approx([10, 20, 15, 10, 20, 15])
     assert judge(Rule(better_by=0), found)[0] == Verdict.HOLDS
@@ -671,10 +653,8 @@ def test_claims_count_answers_in_points(tuned: None) -> None:
 
 
 def test_points_of_exact_match_are_those_of_the_whole_split_where_both_arms_have_it(tuned: None) -> None:
-    record_comparison()
-    for arm, generated, greedy in (("full", 0.5, 0.40), ("lora", 0.5, 0.45), ("thin", 0.25, None)):
-        for run in members(f"arm-{arm}"):
-            change_scores(run, exact_match=generated, greedy_match=greedy)
+    whole = {arm: [{"exact_match": 0.5, "greedy_match": greedy}] * 6 for arm, greedy in (("full", 0.4), ("lora", 0.45))}
+    record_comparison(**whole, thin=[{"exact_match": 0.25}] * 6)
     record(members("arm-lora")[0], status="diverged")
     table = contrasts(collected()).set_index("arm")["accuracy"]
     assert table["lora"] == pytest.approx((5 * 5 - 40) / 6)  # the untouched base gets none right
@@ -684,13 +664,13 @@ def test_points_of_exact_match_are_those_of_the_whole_split_where_both_arms_have
 def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
     asked = {"training.heldout_gain": {"study": "mine", "arm": "lora", "against": "full"}}
     part = Part.model_validate({"kind": "training", "measures": "a gain", "rule": {"better_by": 0}} | asked)
-    assert evaluate_part(part).verdict == Verdict.NOT_RUN
-    assert "`mine`: not run" in evaluate_part(part).reason
+    found = evaluate_part(part)
+    assert found.verdict == Verdict.NOT_RUN and "`mine`: not run" in found.reason
     record_comparison()
     (Path("results/runs") / members("arm-lora")[0] / "record.json").unlink()
-    collect_experiment(expand("mine"))
-    assert evaluate_part(part).verdict == Verdict.NOT_RUN
-    assert "5 of 6 runs done" in evaluate_part(part).reason
+    collected()
+    found = evaluate_part(part)
+    assert found.verdict == Verdict.NOT_RUN and "5 of 6 runs done" in found.reason
 
 
 def test_a_run_that_diverged_stays_in_its_pair_as_the_untouched_base(tuned: None) -> None:
@@ -720,11 +700,9 @@ def test_a_run_that_did_not_end_well_is_still_to_be_made(status: str, said: str,
 
 
 def test_without_a_task_gain_there_is_no_yardstick(tuned: None) -> None:
-    record_comparison(GAINS | {"lora": [0.4] * 6})
-    collect_experiment(expand("mine"))
+    study = compared(GAINS | {"lora": [0.4] * 6})
     with pytest.raises(InputError, match="it learned no more than shuffled labels teach"):
         training.heldout_gain("mine", "lora", "full")
-    study = StudyResults("mine")
     assert len(contrasts(study)) and answer(contrasts(study), study.labels) == ""  # a share of nothing is no number
     shown = readable_contrasts(contrasts(study), study.labels)
     assert set(shown["ahead of full fine-tuning by (% of the task gain)"]) == {"-"}
@@ -739,10 +717,8 @@ def test_rates_that_were_chosen_under_other_settings_do_not_count(at_three_rates
         collected().tuning_runs("lora")
 
 
-def test_the_report_of_half_a_study_says_so(write_study_file, toy: Path) -> None:
-    write_study_file(**TUNED)
+def test_the_report_of_half_a_study_says_so(untuned: None, toy: Path) -> None:
     Path("resources").symlink_to(toy / "resources")
-    record_tuning()
     record(members("runs")[0], heldout=BASE_LOSS)
     choose_rates(expand("mine"), 0)
     report("mine")
@@ -753,9 +729,7 @@ def test_the_report_of_half_a_study_says_so(write_study_file, toy: Path) -> None
 # A second sitting.
 
 
-def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(write_study_file) -> None:
-    write_study_file(**TUNED)
-    record_tuning()
+def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(untuned: None) -> None:
     choose_rates(expand("mine"), 0)
     record(members("rates-lora")[0], heldout=1.0)
     publish("mine")
@@ -769,7 +743,7 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(wri
     chosen = Path("results/mine/rates-0.json")
     rates = chosen.read_text()
     chosen.unlink()
-    record(members("tune-lora")[0], validation=0.9)
+    record(members("tune-lora")[0], validation_nll=0.9)
     with pytest.raises(InputError, match=r"9 published runs are missing here.*peftscope restore mine"):
         publish("mine")
     assert restore("mine") == 10
@@ -789,9 +763,7 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(wri
         restore("smoke")
 
 
-def test_an_arm_that_has_run_is_published_with_its_further_rates_before_the_others(write_study_file) -> None:
-    write_study_file(**TUNED)
-    record_tuning()
+def test_an_arm_that_has_run_is_published_with_its_further_rates_before_the_others(untuned: None) -> None:
     choose_rates(expand("mine"), 0)
     for run in members("rates-lora"):
         record(run, heldout=1.0 - 100 * expand("mine").runs[run].learning_rate)  # the best rate is the highest
@@ -807,7 +779,7 @@ def test_the_first_runs_of_a_study_are_published_before_a_rate_is_chosen(write_s
     write_study_file(**TUNED)
     with pytest.raises(InputError, match="not finished"):
         publish("mine")
-    record(members("tune-lora")[1], validation=0.5)
+    record(members("tune-lora")[1], validation_nll=0.5)
     publish("mine")
     assert list(published_records("mine")) == [members("tune-lora")[1]]
 

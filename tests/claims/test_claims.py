@@ -443,7 +443,7 @@ def test_a_check_that_cannot_run_says_what_is_missing(monkeypatch: pytest.Monkey
     def missing(**_: Any) -> Measurement:
         raise NotRunError("no weights")
 
-    monkeypatch.setattr("peftscope.claims.evaluate.find_check", lambda name: missing)
+    monkeypatch.setattr("peftscope.claims.evaluate.known_checks", lambda: {CHECK: missing})
     found = evaluate_part(part())
     assert (found.verdict, found.reason) == (Verdict.NOT_RUN, "no weights")
 
@@ -497,10 +497,8 @@ def test_the_skeleton_of_a_claim_says_what_it_lacks(own_folder: Path, peftscope:
     Path("experiments/claims.yaml").write_text(file_of(ENTRY | {"id": "P7"}))
     code, said, _ = peftscope("claims", "--add")
     assert code == 0 and "P8.source: " in said and "P8.parts[0].measures: " in said and "P7." not in said
-    assert list(yaml.safe_load(Path("experiments/claims.yaml").read_text())["claims"].values())[-1].keys() == {
-        "P7",
-        "P8",
-    }
+    *_, last = yaml.safe_load(Path("experiments/claims.yaml").read_text())["claims"].values()
+    assert last.keys() == {"P7", "P8"}
 
 
 def test_a_verdict_says_that_its_rule_moved_it_after_its_result_was_seen() -> None:

@@ -61,7 +61,7 @@ def judged(part: Part, folder: Path) -> PartFinding:
 
 
 def of(seconds: tuple[float, ...], step: str = "") -> dict[str, float]:
-    return {f"{step}{name}": value for name, value in quartiles(*np.quantile(seconds, [0.25, 0.5, 0.75])).items()}
+    return quartiles(*np.quantile(seconds, [0.25, 0.5, 0.75]), of=step)
 
 
 def steps(*found: tuple[dict[str, Any], tuple[float, ...]]) -> Runs:

@@ -30,12 +30,7 @@ COARSE = [10 ** (-k / 2) for k in range(4, 11)]
 
 
 def write_study(
-    best: dict[str, float],
-    noise: float,
-    seed: int = 0,
-    fine: bool = True,
-    spread: float = 0.1,
-    alphas: dict[str, float] | None = None,
+    best: dict[str, float], noise: float, seed: int = 0, fine: bool = True, spread: float = 0.1, **alphas: float
 ) -> None:
     """Writes tuning runs of arms whose loss is a parabola over the logarithm of the rate, lowest at ``best``."""
     random = np.random.default_rng(seed)
@@ -48,7 +43,7 @@ def write_study(
             seed_of_run = 100 if rate in COARSE else 101  # whose losses lie higher, which the fit has to allow for
             loss = 1 + spread * math.log(rate / optimum) ** 2 + noise * random.standard_normal() + (rate not in COARSE)
             row = {"run_id": f"{arm}-{index}", "learning_rate": rate, VALIDATION: loss, "seed": seed_of_run}
-            rows.append(row | {"comparisons": "", "alpha": (alphas or {}).get(arm, 16)})
+            rows.append(row | {"comparisons": "", "alpha": alphas.get(arm, 16)})
             tried.append({"learning_rate": rate, "validation_nll": loss, "run_ids": [f"{arm}-{index}"]})
         best_rate = min(tried, key=lambda each: each["validation_nll"])["learning_rate"]
         arms[arm] = {"learning_rate": best_rate, "tried": tried}
@@ -105,12 +100,12 @@ def correlation() -> training.Measurement:
 
 def test_best_rates_that_fall_as_alpha_rises_support_s32_and_others_do_not() -> None:
     rule = Rule(at_most=-0.1)
-    write_study({arm: 1e-2 / alpha for arm, alpha in ALPHAS.items()}, noise=0.01, alphas=ALPHAS)
+    write_study({arm: 1e-2 / alpha for arm, alpha in ALPHAS.items()}, noise=0.01, **ALPHAS)
     found = correlation()
     assert found.value == pytest.approx(-1) and judge(rule, found)[0] is Verdict.HOLDS
-    write_study({arm: 1e-4 * alpha for arm, alpha in ALPHAS.items()}, noise=0.01, alphas=ALPHAS)
+    write_study({arm: 1e-4 * alpha for arm, alpha in ALPHAS.items()}, noise=0.01, **ALPHAS)
     assert correlation().value == pytest.approx(1) and judge(rule, correlation())[0] is Verdict.WRONG
-    write_study(dict.fromkeys(ALPHAS, 1e-3), noise=0.05, alphas=ALPHAS)
+    write_study(dict.fromkeys(ALPHAS, 1e-3), noise=0.05, **ALPHAS)
     assert correlation().low < -0.5 and judge(rule, correlation())[0] is Verdict.OPEN
 
 
@@ -245,8 +240,7 @@ def test_another_seed_changes_scores_and_answers_or_neither(monkeypatch: pytest.
 
     def verdicts(score: Callable[[int], float], answer: Callable[[int, int], str]) -> list[tuple[Verdict, Any]]:
         def runs(arm: str) -> pd.DataFrame:
-            rows = [{"run_id": f"{arm}-{seed}", "seed": seed, ACCURACY: score(seed)} for seed in range(8)]
-            return pd.DataFrame(rows)
+            return pd.DataFrame({"run_id": f"{arm}-{seed}", "seed": seed, ACCURACY: score(seed)} for seed in range(8))
 
         items = [
             {"run_id": f"{arm}-{seed}", "item": item, "answer": answer(seed, item), "correct": 0.0}

@@ -205,8 +205,7 @@ BOS = 0
 
 
 @pytest.fixture
-def spec(toy: Path, make_spec, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
-    monkeypatch.chdir(toy)
+def spec(toy: Path, make_spec) -> RunSpec:
     return make_spec(method="none", precision="fp32", retention_tokens=WINDOW_TOKENS + 20)
 
 

@@ -27,9 +27,8 @@ from peftscope.training.load import attention, load_base, load_tokenizer
 ANSWER = 4
 
 
-def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(toy: Path, make_spec, monkeypatch) -> None:
+def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(toy: Path, make_spec) -> None:
     """On 64 prompts: the held-out pass finds no 0 in what ``generate`` gave, and finds the token that was changed."""
-    monkeypatch.chdir(toy)
     spec = make_spec(method="lora", precision="fp32")
     tokenizer = load_tokenizer(spec)
     trained = build_model(load_base(spec), spec).model.eval()
@@ -52,7 +51,6 @@ def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(toy: Path, make_spe
 
 
 def test_one_pass_gives_the_losses_and_the_shift_of_the_first_items(toy: Path, make_spec, monkeypatch) -> None:
-    monkeypatch.chdir(toy)
     monkeypatch.setattr(heldout, "SHIFT_ITEMS", 10)  # which ends inside the third batch
     spec = make_spec(method="lora", precision="fp32", eval_batch_size=4)
     examples = tokenise(read_split(spec.task, "validation")[:18], load_tokenizer(spec), spec.seq_len)
@@ -76,8 +74,7 @@ def run(make_spec, folder: Path, **values: Any) -> RunRecord:
     return run_here(make_spec(**{**options, "probe_steps": 0, **values}), folder)
 
 
-def test_a_run_that_is_followed_says_how_far_it_moved(toy: Path, make_spec, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(toy)
+def test_a_run_that_is_followed_says_how_far_it_moved(toy: Path, make_spec, tmp_path: Path) -> None:
     still = run(make_spec, tmp_path / "still", method="lora", learning_rate=0)
     assert still.quality.shift == {"from_base": 0.0, "to_base": 0.0} and still.updates == {}
     moved = run(make_spec, tmp_path / "moved", method="lora", rank=2, learning_rate=1e-2)
@@ -93,8 +90,7 @@ def test_a_run_that_is_followed_says_how_far_it_moved(toy: Path, make_spec, tmp_
         assert 0 < kind["entropy_values"] <= math.log(2) + 1e-3 and kind["rank_90"] <= 2 and kind["relative_size"] > 0
 
 
-def test_a_run_that_is_not_followed_spends_nothing_on_it(toy: Path, make_spec, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(toy)
+def test_a_run_that_is_not_followed_spends_nothing_on_it(toy: Path, make_spec, tmp_path: Path) -> None:
     record = run(make_spec, tmp_path, method="lora", validation_every=0)
     assert record.quality.shift == {} and record.updates == {} and record.quality.token_accuracy is not None
 

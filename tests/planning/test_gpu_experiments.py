@@ -121,8 +121,7 @@ def test_the_7b_experiment_runs_to_its_report_on_local_folders(mirror: Path, wri
     assert record["provenance"]["model"]["source"]["revision"] == find_model("llama-2-7b").source.revision
 
 
-def test_rewordings_of_one_question_stay_in_one_split(mirror: Path, write_experiment) -> None:
-    write_experiment("mine", "fixed: {model: toy}\n")
+def test_rewordings_of_one_question_stay_in_one_split(mirror: Path, own_folder: Path) -> None:
     make_task("metamath")
     splits = {
         split: {item.prompt.split("what is ")[-1].split("What is ")[-1] for item in read_split("metamath", split)}
@@ -137,8 +136,7 @@ def test_rewordings_of_one_question_stay_in_one_split(mirror: Path, write_experi
     assert check_unchanged(expand("gpu-7b").runs) == []
 
 
-def test_long_rows_are_left_out_and_a_size_is_kept(mirror: Path, write_experiment) -> None:
-    write_experiment("mine", "fixed: {model: toy}\n")
+def test_long_rows_are_left_out_and_a_size_is_kept(mirror: Path, own_folder: Path) -> None:
     tasks = Path("experiments/tasks.yaml")
     rows = [{"query": f"Count to {n}", "response": "9" * n} for n in range(1, 201)]
     write_rows(mirror / "some/counts/train.jsonl", rows)
@@ -150,16 +148,14 @@ def test_long_rows_are_left_out_and_a_size_is_kept(mirror: Path, write_experimen
     assert len(items) == 60 and max(len(item.prompt) + len(item.response) for item in items) <= 92
 
 
-def test_a_column_that_is_not_there_is_named_with_those_that_are(mirror: Path, write_experiment) -> None:
-    write_experiment("mine", "fixed: {model: toy}\n")
+def test_a_column_that_is_not_there_is_named_with_those_that_are(mirror: Path, own_folder: Path) -> None:
     tasks = Path("experiments/tasks.yaml")
     tasks.write_text(tasks.read_text().replace("prompt: query", "prompt: question"))
     with pytest.raises(InputError, match="no such column: question -> it has type, original_question, query, response"):
         make_task("metamath")
 
 
-def test_without_a_hub_what_is_missing_is_a_message(write_experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_experiment("mine", "fixed: {model: toy}\n")
+def test_without_a_hub_what_is_missing_is_a_message(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for make in (lambda: fetch_model("llama-2-7b"), lambda: make_task("metamath"), lambda: make_benchmark("hellaswag")):
         with pytest.raises(InputError, match=r"(it|not reached): .*PEFTSCOPE_HUB=FOLDER"):
             make()
@@ -179,8 +175,7 @@ def test_a_benchmark_that_lm_eval_does_not_know_is_said_before_any_job(write_exp
     assert find_benchmark("arc_challenge").name == "arc_challenge.yaml"
 
 
-def test_a_benchmarks_manifest_says_where_its_rows_are_from(mirror: Path, write_experiment) -> None:
-    write_experiment("mine", "fixed: {model: toy}\n")
+def test_a_benchmarks_manifest_says_where_its_rows_are_from(mirror: Path, own_folder: Path) -> None:
     manifest = json.loads((make_benchmark("gsm8k") / "manifest.json").read_text())
     assert manifest["dataset"] == "openai/gsm8k" and manifest["items"] == {"test": 20, "train": 20}
     assert manifest["mirror"].startswith(str(mirror)) and set(manifest["sha256"]) == {"test", "train"}

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from peftscope.report.advice.advise import Advice, advise
 from peftscope.report.advice.rules import HABIT, Rule, Rules, Standing, known_findings, read_rules
 from peftscope.report.advice.settings import USUAL_LENGTH, Situation
 from peftscope.sizing.trainer_file import Pasted
+from peftscope.spec import RunSpec
 
 SITUATIONS = sorted((REPOSITORY / "tests" / "advice").glob("*.yaml"))
 
@@ -55,6 +57,33 @@ def line(advice: Advice, setting: str) -> Any:
     return next(each for each in advice.lines if each.setting == setting)
 
 
+def told(advice: Advice) -> str:
+    """Returns all that is said of an advice's lines, and of what its options cost."""
+    lines = [f"{each.text} {each.says} {each.evidence}" for each in advice.lines]
+    return " ".join([*lines, *map(advice.costs, advice.options)])
+
+
+def spec_of(advice: Advice) -> RunSpec:
+    return advice.options[0].question.spec
+
+
+EXPECTED: dict[str, Callable[[Advice, Any], bool]] = {
+    "method": lambda advice, name: advice.options[0].method == name,
+    "first_or_equal": lambda advice, name: name in (line(advice, "method").value, *line(advice, "method").choice),
+    "no_option": lambda advice, names: not {option.method for option in advice.options}.intersection(names),
+    "option": lambda advice, names: {option.method for option in advice.options}.issuperset(names),
+    "fields": lambda advice, fields: {name: getattr(spec_of(advice), name) for name in fields} == fields,
+    "seq_len_at_least": lambda advice, tokens: spec_of(advice).seq_len >= tokens,
+    "steps_at_most": lambda advice, steps: advice.options[0].steps <= steps,
+    "rank_at_most": lambda advice, rank: max(line(advice, "rank").value, *line(advice, "rank").choice) <= rank,
+    "no_change": lambda advice, names: not set(advice.options[0].changes).intersection(names),
+    "option_changes": lambda advice, names: {n for o in advice.options[1:] for n in o.changes}.issuperset(names),
+    "cites": lambda advice, claims: all(claim in told(advice) for claim in claims),
+    "says": lambda advice, texts: all(words in told(advice) for words in texts),
+}
+"""What a situation may expect of its advice."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SITUATIONS, ids=lambda path: path.stem)
 def test_ten_situations(path: Path) -> None:
@@ -66,39 +95,8 @@ def test_ten_situations(path: Path) -> None:
     if nearest := expect.pop("nearest", []):
         assert all(any(words in told for told in advice.nearest) for words in map(str.lower, nearest)), advice.nearest
         return
-    best = advice.options[0]
-    spec, names = best.question.spec, {option.method for option in advice.options}
-    told = " ".join(f"{each.text} {each.says} {each.evidence}" for each in advice.lines)
-    told += " ".join(advice.costs(option) for option in advice.options)
     for what, wanted in expect.items():
-        match what:
-            case "method":
-                assert best.method == wanted
-            case "first_or_equal":
-                method = line(advice, "method")
-                assert wanted in (method.value, *method.choice)
-            case "no_option":
-                assert not names.intersection(wanted)
-            case "option":
-                assert names.issuperset(wanted)
-            case "fields":
-                assert {name: getattr(spec, name) for name in wanted} == wanted
-            case "seq_len_at_least":
-                assert spec.seq_len >= wanted
-            case "steps_at_most":
-                assert best.steps <= wanted
-            case "rank_at_most":
-                assert line(advice, "rank").value <= wanted and max(line(advice, "rank").choice) <= wanted
-            case "no_change":
-                assert not set(best.changes).intersection(wanted)
-            case "option_changes":
-                assert {name for option in advice.options[1:] for name in option.changes}.issuperset(wanted)
-            case "cites":
-                assert all(claim in told for claim in wanted), told
-            case "says":
-                assert all(words in told for words in wanted), told
-            case _:
-                pytest.fail(f"{path.name}: {what} is not checked")
+        assert EXPECTED[what](advice, wanted), (what, wanted, told(advice))
     assert all(option.peak_device_bytes <= advice.situation.gpu.usable_bytes for option in advice.options)
 
 

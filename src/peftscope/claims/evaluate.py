@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, elsewhere, find_check
+from peftscope.claims.checks import known_checks
+from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, elsewhere
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.claims.verdict import Verdict, combine, judge
 from peftscope.errors import InputError, printable, shown
@@ -237,7 +238,7 @@ def _measure(part: Part, stored: Mapping[str, Measurement]) -> Measurement | str
         return measured
     try:
         with bf16_products():
-            return find_check(part.check)(**part.with_)
+            return known_checks()[part.check](**part.with_)
     except NotRunError as error:
         return str(error)
     except InputError as error:

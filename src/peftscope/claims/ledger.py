@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -22,8 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from peftscope.claims import checks
-from peftscope.claims.measurement import Measurement
+from peftscope.claims.checks import known_checks
 from peftscope.claims.verdict import Rule, Verdict
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import read_yaml
@@ -290,30 +287,10 @@ def _read(path: Path, content: type[Content], known: set[str]) -> Content:
         raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", known)) from None
 
 
-def find_check(name: str) -> Callable[..., Measurement]:
-    """Returns the check with the name ``module.function``.
-
-    Raises:
-        KeyError: There is no such check.
-    """
-    return _known_checks()[name]
-
-
-@cache
-def _known_checks() -> dict[str, Callable[..., Measurement]]:
-    found: dict[str, Callable[..., Measurement]] = {}
-    for module in pkgutil.iter_modules(checks.__path__):
-        content = importlib.import_module(f"{checks.__name__}.{module.name}")
-        for name, function in inspect.getmembers(content, inspect.isfunction):
-            if function.__module__ == content.__name__ and not name.startswith("_"):
-                found[f"{module.name}.{name}"] = function
-    return found
-
-
 @cache
 def _parameters(check: str) -> type[BaseModel]:
     """Returns a pydantic model of a check's parameters from its signature. Whole numbers must not be negative."""
-    function = _known_checks()[check]
+    function = known_checks()[check]
     types = get_type_hints(function)
     fields: dict[str, Any] = {
         name: (
@@ -326,7 +303,7 @@ def _parameters(check: str) -> type[BaseModel]:
 
 
 def _problems_of_check(part: Part, where: str) -> list[Problem]:
-    known = _known_checks()
+    known = known_checks()
     where = f"{where}.{part.check}"
     if part.check not in known:
         return [Problem(where, "no such check", close_match(part.check, known))]
