@@ -332,7 +332,7 @@ def test_what_is_forgotten_is_compared_where_the_same_was_learned() -> None:
     assert found.evidence["matched loss on the task, nats per token"] == pytest.approx(0.5)
     assert found.value == pytest.approx(0.1 * 3.1, abs=0.002)
     said = forgetting_sentence("forgetting")
-    assert "it differs from that of lora by +0.310 (full), +0.000 (r64), +0.165 (lora-fast)" in said
+    assert "the difference from lora is +0.310 (full), +0.000 (r64), +0.165 (lora-fast)" in said
     forgetting_world(arms | {"lora-fast": line(0.4)})
     assert verdicts_of("P7") == ["holds", "wrong"]
     # At its end LoRA has forgotten more, because it has learned more.
