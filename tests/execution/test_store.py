@@ -206,7 +206,7 @@ def test_measured_weights_stand_on_the_page_and_come_back_from_published_files(o
     assert result.exit_code == 0, result.output
     assert (results_folder("mine") / "figures" / "updates.svg").read_text().count("<use") > 3
     page = html.unescape(report_path("mine").read_text())
-    assert re.search(r"hold 90 % of an update's energy: [\d.]+ \(LoRA\), [\d.]+ \(full fine-tuning\)", page)
+    assert re.search(r"hold 90 % of its energy: [\d.]+ \(LoRA\), [\d.]+ \(full fine-tuning\)", page)
     table = pd.read_parquet(weights_path(results_folder("mine")))
     counts = table.groupby(["run_id", "kind"]).size().groupby("kind").apply(list).to_dict()
     assert counts == {"cut": [8], "matrix": [28, 28]}
