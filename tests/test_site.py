@@ -70,16 +70,13 @@ def test_what_others_read_about_the_project_agrees(repository: Path) -> None:
     codemeta = json.loads((repository / "codemeta.json").read_text())
     assert citation["version"] == codemeta["version"] == peftscope.__version__
     assert citation["license"] == project["license"] == codemeta["license"].rpartition("/")[2]
-    assert citation["authors"] == codemeta_names(codemeta["author"]) == project["authors"]
+    authors = [{"name": author["name"]} for author in codemeta["author"]]
+    assert citation["authors"] == authors == project["authors"]
     assert citation["keywords"] == codemeta["keywords"]
     forms = sorted((repository / ".github/ISSUE_TEMPLATE").glob("*.yml"))
     for form in (yaml.safe_load(path.read_text()) for path in forms if path.name != "config.yml"):
         assert {"name", "description", "body"} <= form.keys()
         assert len({field["id"] for field in form["body"]}) == len(form["body"])
-
-
-def codemeta_names(authors: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{"name": author["name"]} for author in authors]
 
 
 def test_the_page_on_records_shows_code_that_runs(repository, capsys, in_repository: None) -> None:

@@ -174,14 +174,8 @@ def test_the_kubernetes_job_asks_for_as_many_cards_as_it_uses(repository: Path) 
     assert container["resources"]["limits"]["nvidia.com/gpu"] == environment["GPUS"]
     assert pod["restartPolicy"] == "OnFailure"
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    told = subprocess.run(
-        ["make", "--dry-run", *container["command"][1:]],
-        cwd=repository,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    make = ["make", "--dry-run", *container["command"][1:]]
+    told = subprocess.check_output(make, cwd=repository, env=os.environ | environment, text=True)
     assert re.search(r'--resources gpu=1 mem_mb=\S+ .* --set-threads train=8 --config experiment="gpu-7b"', told)
 
 

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, run_here
+from conftest import Command, python, run_here
 
 from peftscope.data.scoring import lm_eval_file, read_scoring
 from peftscope.data.tasks import make_task, task_folder
@@ -184,14 +183,10 @@ class TestModels:
             "print(record.status == 'ok', is_kernels_available(), 'kernels' in sys.modules)\n"
         )
 
-        def run(*arguments: str) -> str:
-            environment = {**os.environ, "PYTHONPATH": paths}
-            command = [sys.executable, *arguments]
-            return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-
-        assert run("-c", running).strip() == "True False False"
+        environment = os.environ | {"PYTHONPATH": paths}
+        assert python("-c", running, check=True, env=environment).stdout.strip() == "True False False"
         assert not mark.exists()
-        run("-c", "import kernels")  # The mark is left where anything does import it.
+        python("-c", "import kernels", check=True, env=environment)  # The mark is left where anything does import it.
         assert mark.exists()
 
 

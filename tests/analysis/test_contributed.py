@@ -156,11 +156,7 @@ def test_what_a_card_left_is_shown_then_written_and_decides_claims(card: Any, pe
     assert peftscope("contribute", "--yes")[0] == 0
     (second,) = Path("results/contributed").rglob("*.json")
     assert second != first and len(read_contribution(second).records) == 2
-    check_claims()
-
-
-def check_claims() -> None:
-    """Checks that contributed runs decide what no card of ours has measured, and are named as what they are."""
+    # Contributed runs decide what no card of ours has measured, and are named as what they are.
     theirs = found_on_cards("S71")
     assert theirs.verdict == Verdict.HOLDS and theirs.known == "on a contributed card"
     assert theirs.to_json()["contributed"] and "(contributed)" in theirs.to_json()["model"]

@@ -46,6 +46,9 @@ ENTRY: dict[str, Any] = {
 }
 
 PART: dict[str, Any] = ENTRY["parts"][0]
+KINDER = ENTRY | {"parts": [PART | {"rule": {"equals": 255, "reads": "plain"}}]}
+WORDS = {"was": "one rule.", "became": "another.", "why": "a reason."}
+"""Of a change of what decides a claim."""
 
 
 def file_of(*entries: dict[str, Any], **shared: Any) -> str:
@@ -155,7 +158,7 @@ def test_printed_figures_are_read_by_one_table() -> None:
 
 
 def test_one_reason_may_change_several_claims(tmp_path: Path) -> None:
-    words = {"date": "2026-01-01", "was": "one rule.", "became": "another.", "why": "a reason."}
+    words = WORDS | {"date": "2026-01-01"}
     (path := tmp_path / "history.yaml").write_text(
         yaml.safe_dump({"changes": [{"claims": {"S1": "holds", "S2": "wrong"}, **words}, {"claim": "S3", **words}]})
     )
@@ -382,24 +385,22 @@ def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
     def changed(entry: dict[str, Any], *entries: Change) -> list[str]:
         return list(unexplained_changes(ledger_of(tmp_path, entry), entries, [published]))
 
-    early = Change(claim="S13", date="2026-01-01", was="one rule.", became="another.", why="a reason.")
+    early = Change(claim="S13", date="2026-01-01", **WORDS)
     late = early.model_copy(update={"date": "2026-02-01"})
     (claim,) = ledger_of(tmp_path, ENTRY)
     (finding,) = evaluate([claim])
     published = finding.to_json("", [early])
-    kinder = ENTRY | {"parts": [PART | {"rule": {"equals": 255, "reads": "plain"}}]}
     other = ENTRY | {"parts": [PART | {CHECK: {"rows": 8, "columns": 8, "rank": 1}}]}
     more = ENTRY | {"parts": [*ENTRY["parts"], {"kind": "training", "measures": "a loss", "waits_for": "a study"}]}
     promoted = ENTRY | {"parts": [*ENTRY["parts"], more["parts"][1] | {"quotes": "fewer"}]}
     assert changed(ENTRY) == changed(more) == []
-    for entry in (kinder, other, promoted):
+    for entry in (KINDER, other, promoted):
         assert changed(entry) == changed(entry, early) == ["S13"]
         assert changed(entry, early, late) == []
 
 
 @pytest.mark.slow
 def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: Path) -> None:
-    kinder = ENTRY | {"parts": [PART | {"rule": {"equals": 255, "reads": "plain"}}]}
     Path("results/published").mkdir(parents=True)
     Path("reports/published").mkdir(parents=True)
 
@@ -414,16 +415,16 @@ def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: P
     Path("experiments/findings.yaml").write_text("topics: []")
     write(ENTRY, [])
     publish("claims")
-    write(kinder, [])
+    write(KINDER, [])
     with pytest.raises(InputError, match=r"S13: is decided otherwise .* -> say why in experiments/claims-history"):
         publish("claims")
     change = {"claim": "S13", "date": "2026-01-01", "was": "Exactly.", "became": "Within 1 %.", "why": "It is rounded."}
-    write(kinder, [change])
+    write(KINDER, [change])
     publish("claims")
     page = Path("reports/published/claims.html").read_text()
     assert "Right is 255 ± 5 %: holds." in page
     assert "It was: Exactly. It became: Within 1 %. Why: It is rounded." in page
-    write(kinder | {"parts": ENTRY["parts"]}, [change])
+    write(KINDER | {"parts": ENTRY["parts"]}, [change])
     with pytest.raises(InputError, match="S13"):
         publish("claims")
 
@@ -502,7 +503,7 @@ def test_the_skeleton_of_a_claim_says_what_it_lacks(own_folder: Path, peftscope:
 
 
 def test_a_verdict_says_that_its_rule_moved_it_after_its_result_was_seen() -> None:
-    words = {"claim": "S13", "was": "one rule.", "became": "another.", "why": "a reason."}
+    words = WORDS | {"claim": "S13"}
     before = {"2026-01-01": "wrong", "2026-01-02": "not run", "2026-01-03": "open"}
     changes = [Change(**words, date=day, verdict=verdict) for day, verdict in before.items()]
     told = {each["date"]: each["from"] for each in moved(changes, Verdict.HOLDS, "")}

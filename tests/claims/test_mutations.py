@@ -287,7 +287,7 @@ def test_rounding_a_model_decides_the_claims_on_it(
     forget()
     monkeypatch.setattr(quantised_models, "WINDOWS", 8)
     part = part_with(claim, f"quantised_models.{check}")
-    flips(part.model_copy(update={"with_": {**part.with_, "model": "toy"}}), afresh, changed, monkeypatch)
+    flips(changed_part(part, model="toy"), afresh, changed, monkeypatch)
     forget()
 
 

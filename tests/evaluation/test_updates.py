@@ -11,18 +11,7 @@ import torch
 from conftest import run_here
 
 from peftscope.errors import InputError
-from peftscope.evaluation.updates import (
-    amplification,
-    cut,
-    decomposed_change,
-    energies,
-    grid_noise,
-    intruders,
-    leading_directions,
-    singular_vectors,
-    spectrum,
-    updated_matrices,
-)
+from peftscope.evaluation import updates
 from peftscope.execution.weights import WHOLE, measure_weights
 from peftscope.record import kept_path, measured_path, write_record
 from peftscope.training.build import build_model
@@ -39,57 +28,57 @@ def random_matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 def test_spectra_and_cuts_are_those_of_a_decomposition(shape: tuple[int, int]) -> None:
     matrix = random_matrix(*shape)
     u, s, v = (part.float() for part in torch.linalg.svd(matrix.double(), full_matrices=False))
-    torch.testing.assert_close(energies(matrix).float(), s**2)
-    for mine, theirs in zip(singular_vectors(matrix), (u, v.T), strict=True):
+    torch.testing.assert_close(updates.energies(matrix).float(), s**2)
+    for mine, theirs in zip(updates.singular_vectors(matrix), (u, v.T), strict=True):
         cosines = (mine.T @ theirs.double()).diagonal().abs()
         torch.testing.assert_close(cosines, torch.ones(len(s)).double(), rtol=1e-5, atol=0)
-    found = cut(matrix, leading_directions(matrix, 3))
+    found = updates.cut(matrix, updates.leading_directions(matrix, 3))
     torch.testing.assert_close(found, u[:, :3] * s[:3] @ v[:3], rtol=1e-4, atol=1e-4)
-    told = spectrum(energies(matrix))
+    told = updates.spectrum(updates.energies(matrix))
     shares = (s**2).cumsum(0) / (s**2).sum()
     assert told["rank_90"] == int((shares < 0.9).sum()) + 1
     assert told["energy_4"] == pytest.approx(float(shares[3]))
-    low_rank = spectrum(energies(matrix[:, :2] @ matrix[:2, :]))
+    low_rank = updates.spectrum(updates.energies(matrix[:, :2] @ matrix[:2, :]))
     assert low_rank["rank_90"] <= 2 and low_rank["energy_2"] == pytest.approx(1)
-    assert spectrum(energies(0 * matrix)) == {"rank_90": 0, "stable_rank": 0.0}
+    assert updates.spectrum(updates.energies(0 * matrix)) == {"rank_90": 0, "stable_rank": 0.0}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_intruder_is_a_leading_vector_that_resembles_none_before(shape: tuple[int, int]) -> None:
     before = torch.diag_embed(torch.linspace(2, 1, min(shape)))
     before = torch.nn.functional.pad(before, (0, shape[1] - min(shape), 0, shape[0] - min(shape)))
-    assert intruders(before, 3 * before) == [0, 0, 0]
+    assert updates.intruders(before, 3 * before) == [0, 0, 0]
     even = torch.ones(shape[0], 1) / shape[0] ** 0.5
     new = before + 50 * even @ torch.ones(1, shape[1]) / shape[1] ** 0.5
     # Its cosine with every old vector is 1 over the root of the rows: 0.29, 0.18 and 0.25.
-    assert intruders(before, new)[0] == 1
+    assert updates.intruders(before, new)[0] == 1
     old, found = torch.linalg.svd(before)[0][:, : min(shape)], torch.linalg.svd(new)[0][:, :10]
     nearest = (old.T @ found).abs().amax(dim=0)
-    assert intruders(before, new)[1:] == [int((nearest < c).sum()) for c in (0.5, 0.7)]
+    assert updates.intruders(before, new)[1:] == [int((nearest < c).sum()) for c in (0.5, 0.7)]
 
 
 def test_an_update_amplifies_directions_that_the_weight_has_little_of() -> None:
     before = torch.diag(torch.tensor([10.0, 1.0, 0.1, 5.0]))
     update = torch.zeros(4, 4)
     update[2, 2] = 3.0
-    assert amplification(before, update, 1) == pytest.approx(30)
-    assert amplification(before, 2 * update, 1) == pytest.approx(60)
-    assert amplification(before, update + 4 * torch.diag(torch.tensor([1.0, 0, 0, 0])), 1) == pytest.approx(0.5)
+    assert updates.amplification(before, update, 1) == pytest.approx(30)
+    assert updates.amplification(before, 2 * update, 1) == pytest.approx(60)
+    assert updates.amplification(before, update + 4 * torch.diag(torch.tensor([1.0, 0, 0, 0])), 1) == pytest.approx(0.5)
 
 
 def test_magnitude_and_direction_change_apart() -> None:
     before = random_matrix(8, 5)
-    magnitude, direction = decomposed_change(before, 1.5 * before)
+    magnitude, direction = updates.decomposed_change(before, 1.5 * before)
     assert magnitude == pytest.approx(0.5 * float(before.norm(dim=1).mean()))
     assert direction == pytest.approx(0, abs=1e-12)
-    magnitude, direction = decomposed_change(before, before.roll(1, dims=1))
+    magnitude, direction = updates.decomposed_change(before, before.roll(1, dims=1))
     assert magnitude == pytest.approx(0, abs=1e-6) and direction > 0.1
 
 
 def test_the_noise_of_a_grid_is_uniform_within_half_a_step_of_each_block() -> None:
     weight = random_matrix(64, 64)
     weight[:, 32:] *= 10
-    noise = grid_noise(weight, torch.Generator().manual_seed(0))
+    noise = updates.grid_noise(weight, torch.Generator().manual_seed(0))
     step = (weight[:, :32].amax(1) - weight[:, :32].amin(1)) / 15
     inside = noise[:, :32].abs() / step[:, None]
     assert 0.49 < float(inside.max()) <= 0.5 and float(inside.mean()) == pytest.approx(0.25, abs=0.01)
@@ -107,7 +96,7 @@ def test_an_update_is_what_peft_merges(method: str, toy: Path, make_spec: Any) -
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
-        found = {name: (old, new) for name, old, new in updated_matrices(model, before)}
+        found = {name: (old, new) for name, old, new in updates.updated_matrices(model, before)}
         merged = dict(model.merge_and_unload().named_parameters())
     assert len(found) == 14 and all(".layers." in name for name in found)
     for name, (old, new) in found.items():

@@ -47,7 +47,6 @@ def run(*words: str) -> str:
 
 @pytest.mark.slow
 def test_from_a_file_to_a_verdict(own: Callable[[str, str], Path], repository: Path) -> None:
-    own("unused", "fixed: {model: toy}\n")
     Path("lora_fa.py").write_text(blocks(repository, "python")[0])
     command, *shown = blocks(repository, "console")[0].splitlines()
     commands = [shlex.split(line) for block in [command[2:], *blocks(repository, "sh")] for line in block.splitlines()]
@@ -145,11 +144,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG.values(), ids=WRONG)
-def test_a_file_that_cannot_be_used_is_refused(text: str, message: str, tmp_path: Path, peftscope) -> None:
+def test_a_file_that_cannot_be_used_is_refused(text: str, message: str, tmp_path: Path, refusal) -> None:
     imports = "from typing import ClassVar\nfrom peftscope.methods.fields import Method, Rank\n"
     (tmp_path / "mine.py").write_text(f"{imports}from peftscope.methods.peft_tuner import PeftTuner\n{text}\n")
-    code, _, printed = peftscope("new-study", str(tmp_path / "mine.py"))
-    assert code == 2 and message in printed and len(printed.splitlines()) == 1
+    assert message in refusal("new-study", str(tmp_path / "mine.py"))
 
 
 FAILS = {
@@ -166,11 +164,10 @@ FAILS = {
 
 @pytest.mark.parametrize(("before", "after", "message"), FAILS.values(), ids=FAILS)
 def test_a_method_that_cannot_be_trained_is_refused_at_its_line(
-    before: str, after: str, message: str, file: Path, own: Callable[[str, str], Path], peftscope
+    before: str, after: str, message: str, file: Path, own: Callable[[str, str], Path], refusal
 ) -> None:
     Path("my_method.py").write_text(file.read_text().replace(before, after))
-    code, output, printed = peftscope("new-study", "my_method.py", "--model", "toy")
-    assert code == 2 and not output and message in printed and len(printed.splitlines()) == 1
+    assert message in refusal("new-study", "my_method.py", "--model", "toy")
     assert not [*Path("experiments").rglob("my?method*")]
 
 
@@ -196,14 +193,13 @@ def test_a_file_whose_study_is_refused_leaves_nothing_behind(in_tmp: None) -> No
     ("name", "said"),
     [("mine.md", "is no Python file"), ("dora.py", "there is another method 'dora' -> rename your file")],
 )
-def test_a_name_that_no_method_can_have_is_refused(name: str, said: str, file: Path, peftscope) -> None:
-    code, _, printed = peftscope("new-study", str(file.rename(file.with_name(name))))
-    assert code == 2 and said in printed
+def test_a_name_that_no_method_can_have_is_refused(name: str, said: str, file: Path, refusal) -> None:
+    assert said in refusal("new-study", str(file.rename(file.with_name(name))))
 
 
 @pytest.mark.parametrize(("world", "of"), [("A", "sums"), ("B", "pronunciation"), ("C", "pronunciation-gemma")])
 def test_a_study_of_a_world_shares_its_runs(world: str, of: str, file: Path, own) -> None:
-    own("mine", study_text(file, ["lora"], None, world).replace("method: lora-fa", "method: ia3"))
+    own("mine", study_text(file, ["lora"], world).replace("method: lora-fa", "method: ia3"))
     ours, theirs = (expand(name, assume_rates=True).runs for name in ("mine", of))
     assert {run for run in ours if not run.startswith("ia3")} <= theirs.keys()
 
@@ -221,9 +217,8 @@ def test_every_arm_has_as_many_trials_and_the_reference_its_controls(file: Path,
     assert usual.learning_rates["full"] == sums.learning_rates["full"]
     assert usual.learning_rates["lora-fa"] == [3e-4, 9e-4, 3e-3, 9e-3, 3e-2]
     other = study_of("ia3")
-    assert (list(other.arms), other.a_a, other.pilot, other.controls) == (
-        ["ia3", "lora-fa"], None, None, {"ia3": ["shuffled-labels"]},
-    )  # fmt: skip
+    assert (list(other.arms), other.a_a, other.pilot) == (["ia3", "lora-fa"], None, None)
+    assert other.controls == {"ia3": ["shuffled-labels"]}
     assert study_of("dora").a_a == "dora"  # which draws its start; IA3's is always the same
     with pytest.raises(InputError, match=r"no method to compare with \(got 'lra'\) -> did you mean `lora`"):
         study_text(file, ["lra"])

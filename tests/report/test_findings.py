@@ -81,7 +81,7 @@ def test_a_name_that_does_not_exist_is_refused(changes: dict[str, Any], said: st
         read_content(list(claims()))
 
 
-def test_the_readme_shows_the_published_verdicts(tmp_path, repository, monkeypatch) -> None:
+def test_the_readme_shows_the_published_verdicts(repository: Path, in_tmp: None) -> None:
     shown = (repository / "README.md").read_text()
     linked = re.findall(r"\]\(((?:results|reports|docs|experiments)/[^)#]+)", shown)
     assert len(linked) > 10
@@ -93,7 +93,6 @@ def test_the_readme_shows_the_published_verdicts(tmp_path, repository, monkeypat
 
     findings = deepcopy(published_findings())
     surprises = read_content(list(claims())).first
-    monkeypatch.chdir(tmp_path)
     Path("README.md").write_text(shown)
     Path("results/published").mkdir(parents=True)
     Path("paper").mkdir()
@@ -114,10 +113,9 @@ def test_the_readme_shows_the_published_verdicts(tmp_path, repository, monkeypat
 
 
 @pytest.mark.slow
-def test_the_readme_shows_its_study_as_it_is_published(tmp_path, repository, monkeypatch) -> None:
+def test_the_readme_shows_its_study_as_it_is_published(repository: Path, in_tmp: None) -> None:
     shown = (repository / "README.md").read_text()
     block = re.compile(r"(?<=<!-- study:variants -->\n).+?(?=<!-- /study -->)", re.DOTALL)
-    monkeypatch.chdir(tmp_path)
     Path("README.md").write_text(block.sub("", shown))
     show_study("variants-60")
     assert Path("README.md").read_text() == block.sub("", shown) != shown
@@ -125,10 +123,9 @@ def test_the_readme_shows_its_study_as_it_is_published(tmp_path, repository, mon
     assert Path("README.md").read_text() == shown
 
 
-def test_a_sentence_that_does_not_fit_its_claim_is_refused(tmp_path, repository, monkeypatch) -> None:
+def test_a_sentence_that_does_not_fit_its_claim_is_refused(repository: Path, in_tmp: None) -> None:
     findings = published_findings()
     first, *_ = read_content(list(claims())).first
-    monkeypatch.chdir(tmp_path)
     Path("results/published").mkdir(parents=True)
     with pytest.raises(InputError, match=rf"{first.claim}: the sentence does not fit the claim's numbers"):
         show_claims(findings, [first.model_copy(update={"says": "It takes {7:.2f} times."})])

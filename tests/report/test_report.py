@@ -20,22 +20,13 @@ from peftscope.methods import METHODS
 from peftscope.planning.plan import Plan
 from peftscope.planning.sweep import expand
 from peftscope.record import Memory, PhaseMemory, RunRecord, Timing
+from peftscope.report import tables
 from peftscope.report.looks import LOOKS, SAFE_COLOURS, arm_looks
 from peftscope.report.page import write_all
 from peftscope.report.plots import draw_figure, draw_memory, draw_pareto, draw_throughput
 from peftscope.report.publish import publish
 from peftscope.report.sentences import FIGURES, NOTHING, sentence
 from peftscope.report.serving import latencies, limited_runs
-from peftscope.report.tables import html as table_html
-from peftscope.report.tables import (
-    ladder_summary,
-    method_summary,
-    predictions,
-    readable_methods,
-    readable_predictions,
-    readable_runs,
-    variants,
-)
 
 EXPERIMENT = """
 title: Report test
@@ -78,13 +69,13 @@ def test_from_records_to_a_self_contained_page(finished: str) -> None:
 def test_tables_say_n_and_show_every_ending(finished: str) -> None:
     runs = read_runs(finished)
     assert sorted(runs["status"].unique()) == ["diverged", "missing", "ok"]
-    methods = method_summary(runs).set_index("label")
+    methods = tables.method_summary(runs).set_index("label")
     assert methods.loc["LoRA", "n"] == 2
     lora = methods.loc["LoRA"]
     assert lora["heldout_nll_low"] <= lora["heldout_nll"] <= lora["heldout_nll_high"]
     assert methods.loc["full fine-tuning", "n"] == 0
     assert pd.isna(methods.loc["full fine-tuning", "heldout_nll_low"])
-    shown = readable_methods(method_summary(runs)).set_index("method")
+    shown = tables.readable_methods(tables.method_summary(runs)).set_index("method")
     assert shown.loc["full fine-tuning", "runs"] == "n = 0 (diverged, diverged)"
     assert shown.loc["base", "runs"] == "n = 1"
     good = runs[(runs["label"] == "LoRA") & (runs["rank"] == 8) & (runs["targets"] == "all-linear")]
@@ -95,9 +86,9 @@ def test_runs_with_other_settings_are_never_pooled_as_seeds(finished: str) -> No
     runs = read_runs(finished)
     lora = runs[(runs["label"] == "LoRA") & runs["comparisons"].str.contains("grid")].index
     runs.loc[lora[0], "batch_size"] = 99
-    methods = method_summary(runs)
+    methods = tables.method_summary(runs)
     assert methods.loc[methods["label"] == "LoRA", "n"].tolist() == [1, 1]
-    assert sorted(variants(runs.loc[lora])) == ["LoRA (batch size 4)", "LoRA (batch size 99)"]
+    assert sorted(tables.variants(runs.loc[lora])) == ["LoRA (batch size 4)", "LoRA (batch size 99)"]
 
 
 def test_starts_that_differ_by_the_seed_alone_are_pooled(finished: str) -> None:
@@ -105,26 +96,26 @@ def test_starts_that_differ_by_the_seed_alone_are_pooled(finished: str) -> None:
     lora = runs[(runs["label"] == "LoRA") & runs["comparisons"].str.contains("grid")].index
     starts = [f"lora-r8-s{seed}-0123456{seed}" for seed in runs.loc[lora, "seed"]]
     runs = runs.assign(start_from=pd.Series(starts, index=lora))
-    assert sorted(variants(runs.loc[lora])) == ["LoRA", "LoRA"]
+    assert sorted(tables.variants(runs.loc[lora])) == ["LoRA", "LoRA"]
     runs.loc[lora[0], "start_from"] = "full-s9-01234567"
-    assert len(set(variants(runs.loc[lora]))) == 2
+    assert len(set(tables.variants(runs.loc[lora]))) == 2
     pooled = sentence("pareto", runs, pd.read_csv("results/mine/losses.csv"))
     assert "LoRA (start from full" in pooled or "LoRA (start from lora" in pooled
     runs.loc[lora, "start_from"] = "full-s0-01234567"  # of both seeds
-    assert len(set(variants(runs.loc[lora]))) == 1
+    assert len(set(tables.variants(runs.loc[lora]))) == 1
     runs.loc[lora[0], ["start_from", "start_as"]] = None, "adapter"
     runs.loc[lora[1], "start_as"] = "merged"
-    assert sorted(variants(runs.loc[lora])) == ["LoRA", "LoRA (start from full-s0-01234567, start as merged)"]
+    assert sorted(tables.variants(runs.loc[lora])) == ["LoRA", "LoRA (start from full-s0-01234567, start as merged)"]
 
 
 def test_a_small_card_shows_as_oom(finished: str) -> None:
     runs = read_runs(finished)
     runs.loc[0, "status"] = "oom"
-    assert readable_runs(runs)["ended"].iloc[0] == "OOM"
+    assert tables.readable_runs(runs)["ended"].iloc[0] == "OOM"
 
 
 def test_ladders_hold_their_own_rungs_only(finished: str) -> None:
-    ladder = ladder_summary(read_runs(finished))
+    ladder = tables.ladder_summary(read_runs(finished))
     assert sorted(ladder.loc[ladder["field"] == "rank", "value"].astype(int)) == [2, 8]
     assert sorted(ladder.loc[ladder["field"] == "targets", "value"]) == ["all-linear", "minimal"]
 
@@ -135,7 +126,7 @@ def test_lines_of_ladders_share_a_name_if_seeds_alone_differ(finished: str) -> N
 
     def lines(**settings: int) -> pd.Series:
         another = rungs.assign(comparisons="ladder-1-rank", **settings)
-        ladder = ladder_summary(pd.concat([runs, another], ignore_index=True))
+        ladder = tables.ladder_summary(pd.concat([runs, another], ignore_index=True))
         return ladder[ladder["field"] == "rank"].groupby("line")["n"].sum()
 
     assert lines(seed=1).to_dict() == {"LoRA": 4}
@@ -154,18 +145,18 @@ def test_sentences_follow_the_data(finished: str) -> None:
 
 
 def test_predictions_stand_beside_what_was_measured(finished: str) -> None:
-    found = predictions(read_runs(finished))
+    found = tables.predictions(read_runs(finished))
     assert set(found["peak"]) == {"forward", "backward", "optimizer", "training", "evaluation"}
     assert found["error_percent"].abs().max() < 0.5
     runs = read_runs(finished)
     trained = runs.loc[(runs["method"] != "none") & (runs["status"] == "ok"), "run_id"]
     assert (found.groupby("run_id").size()[trained] == 5).all()
     died = runs.assign(status=runs["status"].where(runs["run_id"] != trained.iloc[0], "oom"))
-    assert set(found["run_id"]) - set(predictions(died)["run_id"]) == {trained.iloc[0]}
-    table = readable_predictions(found)
+    assert set(found["run_id"]) - set(tables.predictions(died)["run_id"]) == {trained.iloc[0]}
+    table = tables.readable_predictions(found)
     assert set(table["method"]) == set(found["label"])
     worse = found.assign(error_percent=found["error_percent"].where(found["peak"] != "backward", -3.0))
-    assert "3.000, worst 3.000" in set(readable_predictions(worse)["backward (%)"])
+    assert "3.000, worst 3.000" in set(tables.readable_predictions(worse)["backward (%)"])
 
 
 def test_a_method_looks_the_same_in_every_figure() -> None:
@@ -195,7 +186,7 @@ def test_peaks_that_no_run_measured_are_predicted_ones_and_marked(finished: str)
     unprobed = runs.assign(train_peak_tensor_bytes=float("nan"))
     assert "Hatched bars are predicted" in sentence("memory", unprobed, losses)
     assert "Hollow points" in sentence("pareto", unprobed, losses)
-    assert "(predicted)" in readable_methods(method_summary(unprobed)).to_string()
+    assert "(predicted)" in tables.readable_methods(tables.method_summary(unprobed)).to_string()
     for draw, is_marked in ((draw_memory, "pattern"), (draw_pareto, "fill-opacity: 0;")):
         draw_figure(Path("measured.svg"), lambda axes, draw=draw: draw(axes, runs))
         draw_figure(Path("predicted.svg"), lambda axes, draw=draw: draw(axes, unprobed))
@@ -206,12 +197,12 @@ def test_peaks_that_no_run_measured_are_predicted_ones_and_marked(finished: str)
 def test_two_runs_are_two_values_and_empty_columns_are_left_out(finished: str) -> None:
     runs = read_runs(finished)
     lora = runs[(runs["label"] == "LoRA") & runs["comparisons"].str.contains("grid")]["heldout_nll_nats_per_token"]
-    row = readable_methods(method_summary(runs)).set_index("method").loc["LoRA"]
+    row = tables.readable_methods(tables.method_summary(runs)).set_index("method").loc["LoRA"]
     assert row["held-out NLL (nats/token)"] == f"{lora.min():.3f} and {lora.max():.3f}"
     third = runs[runs["run_id"] == runs.loc[lora.index[0], "run_id"]].assign(run_id="third", seed=2)
-    row = readable_methods(method_summary(pd.concat([runs, third]))).set_index("method").loc["LoRA"]
+    row = tables.readable_methods(tables.method_summary(pd.concat([runs, third]))).set_index("method").loc["LoRA"]
     assert re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", row["held-out NLL (nats/token)"])
-    shown = table_html(pd.DataFrame({"run": ["a", "b"], "speed": ["-", "-"], "loss": ["1", "-"]}), "t")
+    shown = tables.html(pd.DataFrame({"run": ["a", "b"], "speed": ["-", "-"], "loss": ["1", "-"]}), "t")
     assert "speed" not in shown
     assert "loss" in shown
 
