@@ -81,8 +81,7 @@ class TapedModel:
         self.full = self.method.trains_base
         self.weights: dict[str, Shaped] = {}
         self.optimizer = question.beside.optimizer_states
-        self.tape.steps_in_backward = question.beside.optimizer_in_bwd
-        self.tape.offloads = question.beside.offload_activations
+        self.tape.steps_in_backward, self.tape.offloads = self.beside.optimizer_in_bwd, self.beside.offload_activations
         self.packs_experts = question.beside.quantize_moe_experts
         self.grouped = shape.num_heads != shape.num_kv_heads
         # The backward pass has a thread of its own, with a handle and a workspace of its own.
