@@ -45,9 +45,8 @@ def new_study(
     seeds: Annotated[int | None, typer.Option(min=2, help="Pairs of runs; default: the world's, 8 in A.")] = None,
 ) -> None:
     """Write a study of your own method: equal trials, pairs of seeds, an A/A arm; and say what it costs."""
-    import yaml  # takes 10 ms, at the start of every command
-
     from peftscope.methods.from_file import name_of
+    from peftscope.planning.experiment import read_experiment
 
     others = [other.strip() for other in against.split(",") if other.strip()]
     fixed = {field: value for field, value in (("model", model), ("task", task), ("steps", steps)) if value}
@@ -63,7 +62,7 @@ def new_study(
     for path, content in contents.items():
         if path.is_file() and path.read_text(encoding="utf-8") != content:
             raise InputError(Problem(str(path), "is there with another content", "remove it, or rename your file"))
-    trained = tried(file, yaml.safe_load(text).get("fixed", {}).get("model"))
+    trained = tried(file, model or read_experiment(shipped(STUDIES / f"{WORLDS[world]}.yaml")).fixed["model"])
     written = [path for path in contents if not path.is_file()]
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,17 +76,15 @@ def new_study(
     print(trained, *contents, sep="\n")
 
 
-def tried(file: Path, model: str | None) -> str:
+def tried(file: Path, model: str) -> str:
     """Returns what a method trains of a study's model, after it took two steps on the toy model.
 
     Raises:
         InputError: It cannot be built, or a step fails.
     """
     from peftscope.methods.from_file import load_file
-    from peftscope.planning.experiment import read_experiment
     from peftscope.training.trial import trained_values, try_method
 
-    model = model or str(read_experiment(shipped(STUDIES / "base.yaml")).fixed["model"])
     method = load_file(file)[0]
     assert method is not None  # the study's text was made of it
     counted = trained_values(try_method(file, method()), model)

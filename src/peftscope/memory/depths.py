@@ -104,10 +104,14 @@ def _simulate_depths(
         return None
     pairs = {"": simulate_at(_with_layers(config, models[""]))}
     trained = pairs[""][0]
-    if trained and not any(block.kind == "gradients" and _layer(block.module) == 0 for block in trained.blocks):
+    if (
+        trained
+        and trained.blocks
+        and not any(block.kind == "gradients" and _layer(block.module) == 0 for block in trained.blocks)
+    ):
         return None
     pairs |= {kind: simulate_at(_with_layers(config, layers)) for kind, layers in models.items() if kind}
-    traces = {kind: [trace for trace in pair if trace is not None] for kind, pair in pairs.items()}
+    traces = {kind: [trace for trace in pair if trace and trace.blocks] for kind, pair in pairs.items()}
     more = {kind: _types(config).count(kind) - models[""].count(kind) for kind in models if kind}
     places = {kind: _places(found, inserted=bool(kind), paged=paged) for kind, found in traces.items()}
     return _Depths(traces, more, places.pop(""), places)

@@ -35,7 +35,8 @@ def exported(name: str, form: str) -> str:
     if form == "csv":
         return table.to_csv(index=False)
     readable = readable_contrasts(table, study.labels)
-    frame = readable[[*readable.columns[:4], *readable.columns.intersection(["what it says"])]]
+    numbers = readable.columns.drop("what it says", errors="ignore")[:4]
+    frame = readable[[*numbers, *readable.columns.intersection(["what it says"])]]
     if form == "markdown":
         return f"{markdown(frame)}\n{caption(study)}"
     lines = [
