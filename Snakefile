@@ -23,7 +23,9 @@ shell.prefix(
     + ("exec " if workflow.modifier.is_main_snakefile() else "")
 )
 
-WORKFLOW = load_workflow(config, None if workflow.remote_exec else workflow.resource_settings.cores)
+WORKFLOW = load_workflow(
+    config, None if workflow.remote_exec else workflow.resource_settings.cores
+)
 DEMANDS = JobDemands(WORKFLOW)
 GRID = Paramspace(grid())
 CALCULATOR = sources("memory/**/*.py", "sizing/*.py", "methods/**/*.py")
