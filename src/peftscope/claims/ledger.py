@@ -26,7 +26,7 @@ from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import read_yaml
 from peftscope.files.problems import dotted, problems_of
 from peftscope.layout import CLAIMS_FILE, CLAIMS_HISTORY, shipped
-from peftscope.planning.experiment import experiment_path, read_experiment
+from peftscope.planning.experiment import WORLDS, experiment_path, read_experiment
 
 Content = TypeVar("Content", bound=BaseModel)
 Kind = Literal["software", "arithmetic", "numerics", "sampling", "simulation", "training", "gpu", "literature"]
@@ -317,18 +317,14 @@ def _problems_of_check(part: Part, where: str) -> list[Problem]:
     return _problems_of_study(part, where) if "study" in part.with_ else []
 
 
-WORLDS = ("pronunciation", "pronunciation-gemma")
-"""The studies of other worlds, that is of another task or model, in which claims on training are judged as well."""
-
-
 def elsewhere(claim: Claim) -> Iterator[list[Part]]:
-    """Yields for each other world what the claim says of training, as it is asked there.
+    """Yields for each world but A, which the ledger names, what the claim says of training, as it is asked there.
 
     It is asked of the same arms or, of a list of arms, of those that run there. A world in which one of the claim's
     assertions cannot be asked has no say.
     """
     asked = [part for part in claim.parts if part.role == "assertion" and part.kind == "training" and part.general]
-    for world in WORLDS:
+    for world in list(WORLDS.values())[1:]:
         study = read_experiment(experiment_path(world)).study
         arms = {entrant.name for entrant in study.entrants} if study else set()
         parts = [there for part in asked if (there := _there(part, world, arms))]

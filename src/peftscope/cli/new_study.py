@@ -19,9 +19,6 @@ app = typer.Typer()
 REFERENCE = "lora"
 """The reference arm of the studies that this repository publishes."""
 
-WORLDS = {"A": "sums", "B": "pronunciation", "C": "pronunciation-gemma"}
-"""Models with a task, each with the study whose learning rates other arms have, so that the runs are its own."""
-
 GRID = (0.1, 0.3, 1, 3, 10)
 """Learning rates to try, as multiples of a method's own: as many for every arm."""
 
@@ -46,7 +43,7 @@ def new_study(
 ) -> None:
     """Write a study of your own method: equal trials, pairs of seeds, an A/A arm; and say what it costs."""
     from peftscope.methods.from_file import name_of
-    from peftscope.planning.experiment import read_experiment
+    from peftscope.planning.experiment import WORLDS, read_experiment
 
     others = [other.strip() for other in against.split(",") if other.strip()]
     fixed = {field: value for field, value in (("model", model), ("task", task), ("steps", steps)) if value}
@@ -98,7 +95,7 @@ def study_text(file: Path, others: list[str], world: str = "A", seeds: int | Non
     Args:
         file: The method's file.
         others: The methods to compare with.
-        world: One of ``WORLDS``.
+        world: One of ``WORLDS``, whose study has the learning rates of other arms, so that runs are shared.
         seeds: How many pairs; None: those of the world's study.
         fixed: Settings that replace the world's: ``model``, ``task``, ``steps``.
 
@@ -112,6 +109,7 @@ def study_text(file: Path, others: list[str], world: str = "A", seeds: int | Non
     from peftscope.methods import METHODS, versions_of
     from peftscope.methods.from_file import load_file, name_of
     from peftscope.models.catalog import find_model
+    from peftscope.planning.experiment import WORLDS
 
     if not file.is_file():
         raise InputError(
@@ -158,7 +156,7 @@ def _options(world: str, seeds: int | None, fixed: dict[str, Any]) -> list[str]:
 def _settings(method: Any, own: str, arms: list[str], world: str, seeds: int | None, **fixed: Any) -> tuple[Any, Any]:
     """Returns what a study fixes and its arms with their rates, as far as ``base`` says something else."""
     from peftscope.methods import METHODS
-    from peftscope.planning.experiment import A_A, read_experiment, rounded
+    from peftscope.planning.experiment import A_A, WORLDS, read_experiment, rounded
 
     base, home = (read_experiment(shipped(STUDIES / f"{name}.yaml")) for name in ("base", WORLDS[world]))
     defaults = read_experiment(shipped(EXPERIMENTS / "defaults.yaml")).methods

@@ -39,7 +39,7 @@ class Turns:
         fcntl.flock(self._door, fcntl.LOCK_UN)
 
     def end(self) -> None:
-        """Lets the others work again, those first that wait to be timed."""
+        """Lets the others work again, and works beside them, after one that waits to be timed already."""
         fcntl.flock(self._room, fcntl.LOCK_UN)
         self.enter()
 

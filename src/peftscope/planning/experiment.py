@@ -21,6 +21,8 @@ RESERVED_NAMES = (
 )
 """The names of other results, whose folders an experiment would mix with its own, or replace when it is published."""
 NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims", "claims-history", "findings", "advice")
+WORLDS = {"A": "sums", "B": "pronunciation", "C": "pronunciation-gemma"}
+"""The worlds, each a model with a task, and the study of each."""
 
 Values = Annotated[list[Any], Field(min_length=1)]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from peftscope.analysis.study import MARGIN, StudyResults
-from peftscope.claims.ledger import WORLDS
 from peftscope.errors import InputError
 from peftscope.layout import PUBLISHED_RESULTS
+from peftscope.planning.experiment import WORLDS
 from peftscope.report.plots import new_figure
 
 QUESTIONS = {
@@ -27,7 +27,7 @@ WORLDS_FIGURE = PUBLISHED_RESULTS / "worlds.svg"
 def world_answers() -> pd.DataFrame:
     """Returns a row for each question and world that has a published answer, in % of the task gain ahead of LoRA."""
     rows = []
-    for name in ("sums", *WORLDS):
+    for name in WORLDS.values():
         for arm, question in QUESTIONS.items():
             try:
                 study = StudyResults(name, is_published=True)
