@@ -18,7 +18,7 @@ from peftscope.data.tasks import read_split
 from peftscope.execution.provenance import _card
 from peftscope.hardware import meter as meters
 from peftscope.hardware.cards import CONTEXT_BYTES, GIB
-from peftscope.hardware.meter import CudaMeter, Meter, PeakSampler, limited_memory, paged_bytes
+from peftscope.hardware.meter import CudaMeter, Meter, PeakSampler, is_out_of_memory, limited_memory, paged_bytes
 from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model, seed_everything
@@ -30,6 +30,12 @@ from peftscope.training.loop import train
 from peftscope.training.step import TrainedModel
 
 MIB = 2**20
+
+
+def test_a_library_without_memory_is_out_of_memory() -> None:
+    """oneDNN and others throw C++'s own error, which torch hands on as a RuntimeError."""
+    assert is_out_of_memory(RuntimeError("std::bad_alloc"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 class Nvml:

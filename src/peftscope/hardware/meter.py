@@ -164,5 +164,5 @@ def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that the card or the host is out of memory."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in words)
