@@ -23,10 +23,18 @@ from peftscope.hardware.cards import SPEEDS, Speed
 from peftscope.memory.base import Model, describe_model
 from peftscope.memory.question import Question, ask
 from peftscope.models.shapes import ModelShape
+from peftscope.planning.estimate import RESPONSE_SHARE
+from peftscope.planning.published import published_records
+from peftscope.record import RunRecord, parse_record
+from peftscope.sizing.processor import ProcessorConstants, processor_passes, processor_step
 from peftscope.sizing.speed import DEQUANTISED_BYTES, FITTED_FILE, Constants, Passes, passes_of, step_time
 
 SPEEDS_FILE = Path("benchmarks/speeds.csv")
 PUBLISHED = Path("results/published/speed/speeds.csv")
+STEPS = "step-times"
+"""The experiment whose steps on a processor are predicted too."""
+LEFT_OUT = ("method", "batch_size", "model")
+PUBLISHED_STEPS = Path("results/published/speed/steps.csv")
 PAGE = Path("docs/time.md")
 RULE = 0.45
 """The share of the peak rate that a common calculator assumes."""
@@ -40,6 +48,7 @@ INSIDE = 0.8
 """The share of left-out speeds in the interval."""
 START = (0.6, 0.7, 1.5e-5)
 """Where fitting begins: what was guessed before any speed was looked at."""
+START_STEPS = (0.8, 0.6, 0.1, 1e-5)
 
 OTHER_CARDS = {
     "h100 fp8": Speed(1979e12, 67e12, 3350e9, 450e9),
@@ -145,6 +154,75 @@ class Measured:
         assert shape is not None
         passes = (6 if spec.method.trains_base else 4) + 2 * spec.checkpointing
         return RULE * self.card.bf16_flops / (passes * shape.parameters)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A step on a processor: the median of the repeats of one setting of the experiment ``step-times``."""
+
+    model: str
+    method: str
+    batch_size: int
+    passes: Passes
+    flops: float
+    copied_bytes: float
+    seconds: float
+
+    def off(self, constants: ProcessorConstants) -> float:
+        """Returns the logarithm of predicted over measured time."""
+        return float(np.log(self.predicted(constants) / self.seconds))
+
+    def predicted(self, constants: ProcessorConstants) -> float:
+        """Returns the seconds of the step."""
+        return processor_step(self.passes, self.flops, self.copied_bytes, constants)[0]
+
+
+def read_steps() -> list[Timed]:
+    """Returns the published steps on a processor, one for each setting."""
+    found: dict[tuple[str, str, int], list[RunRecord]] = {}
+    for run, text in published_records(STEPS).items():
+        record = parse_record(text, run)
+        found.setdefault((record.spec.model, record.spec.method.name, record.spec.batch_size), []).append(record)
+    steps = []
+    for setting, records in sorted(found.items()):
+        spec = records[0].spec
+        model, responses = describe_model(spec.model), round(RESPONSE_SHARE * spec.seq_len)
+        middle = [float(np.median([values[place] for values in map(_measured_of, records)])) for place in range(3)]
+        steps.append(Timed(*setting, processor_passes(Question(model, spec, responses, None, 1)), *middle))
+    return steps
+
+
+def _measured_of(record: RunRecord) -> tuple[float, float, float]:
+    ceilings, seconds = record.ceilings, record.speed.step_seconds_median
+    assert ceilings.matmul_flops_per_second and ceilings.copy_bytes_per_second and seconds
+    return ceilings.matmul_flops_per_second, ceilings.copy_bytes_per_second, seconds
+
+
+def fit_steps(steps: Sequence[Timed]) -> ProcessorConstants:
+    """Returns the constants with the least mean size of the logarithm of predicted over measured time."""
+
+    def loss(point: Any) -> float:
+        constants = ProcessorConstants(*np.exp(point))
+        return float(np.mean([abs(one.off(constants)) for one in steps])) + 10 * max(0.0, point[0])
+
+    found = minimize(loss, np.log(START_STEPS), method="Nelder-Mead", options={"xatol": 0.003, "fatol": 3e-4})
+    return ProcessorConstants(*(float(value) for value in np.exp(found.x)))
+
+
+def compare_steps() -> tuple[pd.DataFrame, ProcessorConstants]:
+    """Returns the measured and predicted steps on a processor, also with a method, a batch size or a model left out."""
+    every, rows = read_steps(), []
+    constants = fit_steps(every)
+    for one in every:
+        row = {"model": one.model, "method": one.method, "batch_size": one.batch_size, "measured": one.seconds}
+        rows.append(row | {"predicted": one.predicted(constants)})
+    for name in LEFT_OUT:
+        for value in {getattr(one, name) for one in every}:
+            without = fit_steps([one for one in every if getattr(one, name) != value])
+            for row, one in zip(rows, every, strict=True):
+                if getattr(one, name) == value:
+                    row[f"{name}_left_out"] = one.predicted(without)
+    return pd.DataFrame(rows), constants
 
 
 def read_speeds(path: Path = SPEEDS_FILE) -> list[Measured]:
@@ -286,6 +364,34 @@ def render(speeds: pd.DataFrame, content: dict[str, Any]) -> dict[str, str]:
     return {"constants": "\n".join(lines), "errors": "\n".join(errors), "speeds": "\n".join(points)}
 
 
+def render_steps(steps: pd.DataFrame, constants: dict[str, float]) -> str:
+    """Returns the block of the page on steps on a processor."""
+    held = [f"{name}_left_out" for name in LEFT_OUT]
+    errors = (steps[held].div(steps["measured"], axis=0) - 1).abs()
+    lines = [
+        "| model | method | rows | measured (s) | predicted (s) | method left out | batch left out | model left out |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+        *(
+            f"| {row['model']} | {row['method']} | {row['batch_size']} | "
+            + " | ".join(f"{row[name]:.2f}" for name in ("measured", "predicted", *held))
+            + " |"
+            for _, row in steps.iterrows()
+        ),
+        "",
+        "Median error: "
+        + ", ".join(f"{100 * errors[name].median():.0f} % with a {name.split('_')[0]} left out" for name in held)
+        + "; largest: "
+        + ", ".join(f"{100 * errors[name].max():.0f} %" for name in held)
+        + ".",
+        "",
+        f"The constants are {constants['rate_share']:.2f} of the rate at a large product, "
+        f"{constants['memory_share']:.2f} of the rate of a large copy, {constants['large_share']:.2f} of it for "
+        "kernels of 100 MB and more, and "
+        f"{1e6 * constants['launch_seconds']:.0f} µs for an operation.",
+    ]
+    return "\n".join(lines)
+
+
 def _both(name: str, part: pd.DataFrame) -> list[str]:
     return [_row(name, part, "left_out"), _row(f"{name}: rule of {100 * RULE:.0f} %", part, "rule")]
 
@@ -318,8 +424,11 @@ def main() -> None:
         "interval": [round(end, 2) for end in interval(inside["measured"] / inside["left_out"])],
         "methods": kinds,
     }
+    steps, on_processor = compare_steps()
+    content["processor"] = {name: float(f"{value:.3g}") for name, value in asdict(on_processor).items()}
+    steps.to_csv(PUBLISHED_STEPS, index=False, float_format="%.4g")
     FITTED_FILE.write_text(json.dumps(content) + "\n")
-    write_blocks(render(found, content), PAGE)
+    write_blocks(render(found, content) | {"steps": render_steps(steps, content["processor"])}, PAGE)
 
 
 if __name__ == "__main__":

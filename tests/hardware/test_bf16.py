@@ -203,12 +203,11 @@ def test_estimates_follow_the_rate_of_this_machine(monkeypatch: pytest.MonkeyPat
     spec = RunSpec.model_validate(record["spec"])
     monkeypatch.setattr(estimate, "_measured", lambda **_: {estimate._kind(record["spec"])[0]: record})
     there = record["ceilings"]["matmul_flops_per_second"]
-    seconds = [estimate.estimate_seconds(spec, lambda spec, by=by: there * by) for by in (0.5, 1, 1e6)]
-    assert seconds[1] == pytest.approx(record["seconds"]["wall"]) == estimate.estimate_seconds(spec)
-    computing = sum(record["seconds"][phase] for phase in ("train", "evaluate", "probe"))
-    products = estimate.PRODUCTS * record["speed"]["matmul_share"] * computing
-    assert seconds[0] - seconds[1] == pytest.approx(products)
-    assert seconds[1] - seconds[2] == pytest.approx(products, rel=1e-4)
+    slower, same, faster = (estimate.estimate_seconds(spec, lambda spec, by=by: there * by) for by in (0.5, 1, 1e6))
+    assert same == pytest.approx(record["seconds"]["wall"]) == estimate.estimate_seconds(spec)
+    computing = sum(record["seconds"][phase] for phase in ("train", "evaluate"))
+    assert same < slower < same + computing  # some of it is no product
+    assert same - computing < faster < same - 0.2 * computing
 
 
 def test_expand_measures_this_machine(repository: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,15 +56,19 @@ def test_it_grows_with_the_steps(own_folder: Path) -> None:
     assert estimate.estimate_seconds(twice, one_thread=True) == pytest.approx(110)
 
 
-def test_it_grows_with_the_tokens_of_a_tasks_items(own_folder: Path) -> None:
+def test_what_differs_from_the_record_is_scaled_by_the_time_model(own_folder: Path) -> None:
+    """A step of few tokens costs more for each, and DoRA more than LoRA, of which the only record is."""
     finished(12, 0)
-    longer = SPEC.model_copy(update={"task": "family-relationships"})
-    assert estimate.estimate_seconds(longer, one_thread=True) == pytest.approx(54 + 10)
-    packed = SPEC.model_copy(update={"packing": True, "seq_len": 120})
-    assert estimate.estimate_seconds(packed, one_thread=True) == pytest.approx(120 + 10)
+
+    def training(**fields: object) -> float:
+        return estimate.estimate_seconds(SPEC.model_copy(update=fields), one_thread=True) - 10
+
+    assert training() == pytest.approx(12)
+    assert 12 < training(batch_size=64) < 48 and 12 < training(task="family-relationships") < 54
+    assert 12 < training(method=METHODS["dora"]()) < 30
     estimate._measured.cache_clear()
     finished(999, 1, task="one-that-is-gone")
-    assert estimate.estimate_seconds(SPEC, one_thread=True) == pytest.approx(12 + 10)
+    assert training() == pytest.approx(12)
 
 
 def test_without_a_record_a_card_is_taken_to_be_faster_than_a_processor(own_folder: Path) -> None:
@@ -80,12 +84,12 @@ def test_this_machines_runs_come_before_restored_ones(own_folder: Path) -> None:
     assert estimate.estimate_seconds(SPEC, one_thread=True) == pytest.approx(90)
 
 
-def test_a_method_that_never_ran_is_taken_to_be_as_fast_as_lora(own_folder: Path) -> None:
+def test_a_method_that_never_ran_rests_on_lora(own_folder: Path) -> None:
     other = SPEC.model_copy(update={"method": METHODS["dora"]()})
     before = estimate.estimate_seconds(other, one_thread=True)
     estimate._measured.cache_clear()
     finished(4000, 0)
-    assert before < 100 and estimate.estimate_seconds(other, one_thread=True) == pytest.approx(4010)
+    assert before < 100 and 4000 < estimate.estimate_seconds(other, one_thread=True) < 10_000
     base = SPEC.model_copy(update={"method": METHODS["none"]()})
     assert estimate.estimate_seconds(base, one_thread=True) < 100
 

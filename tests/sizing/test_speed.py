@@ -10,13 +10,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from benchmarks.speed import read_comparison, read_speeds, render
+from benchmarks.speed import PUBLISHED_STEPS, read_comparison, read_speeds, read_steps, render, render_steps
 from peftscope.errors import InputError
 from peftscope.hardware.cards import GPUS, SPEEDS, Speed, find_gpu
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import Question, ask
 from peftscope.sizing.cheapest import on_cards, read_prices
 from peftscope.sizing.duration import Schedule, duration
+from peftscope.sizing.processor import ProcessorConstants
 from peftscope.sizing.speed import FITTED_FILE, fitted, passes_of, step_time
 
 
@@ -48,6 +49,16 @@ def test_the_published_table_is_what_the_code_predicts_now(repository: Path, pub
         assert one.why_out == row["out_of_scope"]
         if not one.why_out:
             assert one.predicted(constants) == pytest.approx(row["predicted"], rel=0.01)
+
+
+def test_steps_on_a_processor_are_within_15_percent_of_what_was_left_out(in_repository: None) -> None:
+    steps, content = pd.read_csv(PUBLISHED_STEPS), fitted()[1]["processor"]
+    assert f"<!-- steps -->\n{render_steps(steps, content)}\n<!-- /steps -->\n" in Path("docs/time.md").read_text()
+    for one, (_, row) in zip(read_steps(), steps.iterrows(), strict=True):
+        assert one.seconds == pytest.approx(row["measured"], rel=0.001)
+        assert one.predicted(ProcessorConstants(**content)) == pytest.approx(row["predicted"], rel=0.01)
+    for left_out in ("method_left_out", "batch_size_left_out"):
+        assert (steps[left_out] / steps["measured"] - 1).abs().median() <= 0.15
 
 
 def test_predictions_are_nearer_than_the_rule_of_a_fixed_share(published: pd.DataFrame) -> None:

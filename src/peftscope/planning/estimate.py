@@ -1,8 +1,7 @@
 """Estimates how long runs take, from records of the same model and method, or else of LoRA. This machine's come first.
 
-Training and evaluation are scaled by the tokens of a task's items. The time of a record's matrix products is scaled by
-the rates of a large product on both machines. The remaining time is mostly the overhead of many small operators. It is
-not scaled, because it differs less between processors.
+What differs from the record is scaled by the time model (``sizing/speed.py``): its method, its batches and its length,
+and the rates at which both machines compute a large product. docs/time.md says how far this is from step times.
 """
 
 from __future__ import annotations
@@ -16,23 +15,29 @@ from typing import Any
 
 from peftscope.data.tasks import USUAL_TOKENS, item_tokens
 from peftscope.errors import InputError
+from peftscope.hardware.cards import Speed
 from peftscope.layout import record_paths
+from peftscope.memory.base import Model
+from peftscope.memory.question import Question
 from peftscope.models.catalog import find_model
+from peftscope.models.shapes import ModelShape
 from peftscope.planning.published import all_published_records
 from peftscope.record import is_restored
+from peftscope.sizing.processor import processor_passes, processor_step
+from peftscope.sizing.speed import step_time
 from peftscope.spec import RunSpec
 
-PRODUCTS = 1.3
-"""The time of a run's matrix products, over the time of its useful work at the rate of a large product. It was 1.28 in
-training and 1.22 in evaluation, from LoRA's seconds at two rates of one processor (1,300 and 303 GFLOP/s)."""
-FALLBACK_SHARE = 0.3
-"""The share of the rate of a large product that a step of a small model is assumed to reach without a record."""
-FALLBACK_FLOPS = {"cpu": 1.2e11, "cuda": 2e13}
-"""The floating-point operations per second of a step that are assumed if no rate was measured either, by device."""
-FALLBACK_OVERHEAD_SECONDS = 6.0
-FALLBACK_SECONDS_PER_PARAMETER = 1.5e-7
-"""The assumed time of loading, evaluation and probe."""
-
+USUAL_RATES = {"cpu": 3e11, "cuda": 1e14}
+"""The floating-point operations per second of a large product that are assumed where none was measured, by device."""
+COPIED_BYTES = {"cpu": 2.7e10, "cuda": 1e12}
+"""The bytes per second of a large copy, which are taken to be the same on all machines of a kind."""
+RESPONSE_SHARE = 0.5
+"""The share of a batch's positions at which a row has a response token: 0.52 of packed sums, at four rows a batch."""
+UNKNOWN_PARAMETERS, UNKNOWN_SHARE = 10**9, 0.3
+"""The assumed size of a model whose shape is not known, and the share of the rate that a step of it reaches."""
+START_SECONDS = 6.0
+LOAD_SECONDS_PER_PARAMETER = 1.5e-7
+"""The assumed time of a start and of loading, without a record."""
 
 ONE_THREAD = ("one thread",)
 ONE_THREAD_SLOWER = 1.55
@@ -76,12 +81,6 @@ def _sequences(spec: dict[str, Any]) -> int:
 def _length(spec: dict[str, Any]) -> float:
     """Returns the tokens of a usual sequence of a run."""
     return float(spec["seq_len"] if spec["packing"] else min(spec["seq_len"], _item_tokens(spec["task"])))
-
-
-def _scored_tokens(spec: dict[str, Any], length: float) -> float:
-    """Returns the tokens that a run's evaluation reads if the items of its task have this length."""
-    items = sum(spec.get(field, 0) for field in ("validation_items", "heldout_items", "generation_items"))
-    return float(items * length + spec.get("retention_tokens", 0))
 
 
 @lru_cache
@@ -141,38 +140,71 @@ def estimate_seconds(
         one_thread: Whether the run has one thread, beside as many others as there are cores. Records of such runs come
             first; with others, the computing takes longer.
     """
-    wanted = spec.model_dump(mode="json")
-    kind, evaluation = _kind(wanted)
-    records, slower = _measured(), 1.0
+    record, slower = _nearest(spec, one_thread)
+    rate = rate_of(spec)
+    if record is None:
+        shape = _shape_of(spec)
+        parameters = shape.parameters if shape else UNKNOWN_PARAMETERS
+        computing = sum(computing_seconds(spec, rate or USUAL_RATES[spec.device]))
+        return START_SECONDS + LOAD_SECONDS_PER_PARAMETER * parameters + slower * computing
+    seconds, before = record["seconds"], RunSpec.model_validate(record["spec"])
+    there = record.get("ceilings", {}).get("matmul_flops_per_second") or rate or USUAL_RATES[spec.device]
+    now, then = computing_seconds(spec, rate or there), computing_seconds(before, there)
+    train, evaluate = (new / old if old else 1.0 for new, old in zip(now, then, strict=True))
+    computing = train * seconds["train"] + evaluate * seconds["evaluate"] + seconds["probe"]
+    rest = seconds["wall"] - sum(seconds.get(name, 0.0) for name in ("train", "evaluate", "probe", "wait"))
+    return float(rest + slower * computing)
+
+
+def computing_seconds(spec: RunSpec, rate: float) -> tuple[float, float]:
+    """Returns the seconds of a run's training and of its evaluation, by the time model.
+
+    Args:
+        spec: The run.
+        rate: The operations per second of a large product on its machine.
+    """
+    length = max(1, round(_length(spec.model_dump(mode="json"))))
+    step, forward = _step(spec.model_copy(update={"seed": 0, "init_seed": None, "learning_rate": 0.0}), length, rate)
+    items = spec.validation_items * _times(spec, spec.validation_every) + spec.heldout_items + spec.generation_items
+    tokens = items * length + spec.retention_tokens * (1 + _times(spec, spec.retention_every))
+    return (spec.steps * step if spec.method.trains else 0.0), tokens * forward
+
+
+def _times(spec: RunSpec, every: int) -> int:
+    """Returns how often something is scored along a training and after it."""
+    return 1 + ((spec.steps - 1) // every if every else 0)
+
+
+@lru_cache(4096)
+def _step(spec: RunSpec, length: int, rate: float) -> tuple[float, float]:
+    """Returns the seconds of a step, and of the forward pass of a token."""
+    shape, tokens = _shape_of(spec), spec.batch_size * length
+    if shape is None:
+        forward = 2 * UNKNOWN_PARAMETERS / (UNKNOWN_SHARE * rate)
+        return 3 * forward * tokens * spec.gradient_accumulation, forward
+    each = spec.model_copy(update={"seq_len": length})
+    responses = max(1, round(RESPONSE_SHARE * length))
+    question = Question(Model(spec.model, shape.to_config(), shape), each, responses, None, 1)
+    if spec.device == "cpu":
+        seconds, forward = processor_step(processor_passes(question), rate, COPIED_BYTES[spec.device])
+        return seconds, forward / tokens
+    step = step_time(question, Speed(rate, rate, COPIED_BYTES[spec.device]))
+    return step.seconds, step.forward_seconds / tokens
+
+
+def _shape_of(spec: RunSpec) -> ModelShape | None:
+    try:
+        return find_model(spec.model).shape
+    except InputError:  # of a record, whose model is not known here
+        return None
+
+
+def _nearest(spec: RunSpec, one_thread: bool) -> tuple[dict[str, Any] | None, float]:
+    """Returns the record that a run's estimate rests on, and how many times as long its computing takes."""
+    kind, evaluation = _kind(spec.model_dump(mode="json"))
+    records = _measured()
     if kind not in records and spec.method.trains:
         kind = (spec.model, LIKE_OTHERS, spec.device)
-    record = records.get(kind + evaluation) or records.get(kind)
-    if one_thread:
-        own = records.get(ONE_THREAD + kind + evaluation) or records.get(ONE_THREAD + kind)
-        record, slower = (own, 1.0) if own else (record, ONE_THREAD_SLOWER)
-    if record:
-        seconds, before = record["seconds"], record["spec"]
-        longer = _sequences(wanted) * _length(wanted) / (_sequences(before) * _length(before))
-        scored = _scored_tokens(before, _length(wanted)) / max(1, _scored_tokens(before, _length(before)))
-        computing = longer * seconds["train"] + scored * seconds["evaluate"] + seconds["probe"]
-        rest = seconds["wall"] - sum(seconds.get(name, 0.0) for name in ("train", "evaluate", "probe", "wait"))
-        return float(rest + slower * computing * (1.0 if one_thread else _slower(record, rate_of(spec))))
-    try:
-        shape = find_model(spec.model).shape
-    except InputError:
-        shape = None
-    parameters = shape.parameters if shape else 10**9
-    flops = 6 * parameters * _sequences(wanted) * _length(wanted) * (1 if spec.method.trains else 0)
-    rate = rate_of(spec)
-    reached = FALLBACK_SHARE * rate if rate else FALLBACK_FLOPS[spec.device]
-    return FALLBACK_OVERHEAD_SECONDS + FALLBACK_SECONDS_PER_PARAMETER * parameters + flops / reached
-
-
-def _slower(record: dict[str, Any], rate: float | None) -> float:
-    """Returns the factor by which a record's computing time changes at another rate of a large matrix product."""
-    before = record.get("ceilings", {}).get("matmul_flops_per_second")
-    share = record["speed"].get("matmul_share")
-    if not (rate and before and share):
-        return 1.0
-    products = min(1.0, PRODUCTS * share)
-    return float(1 - products + products * before / rate)
+    if one_thread and (own := records.get(ONE_THREAD + kind + evaluation) or records.get(ONE_THREAD + kind)):
+        return own, 1.0
+    return records.get(kind + evaluation) or records.get(kind), ONE_THREAD_SLOWER if one_thread else 1.0
