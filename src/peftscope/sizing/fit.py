@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from math import inf
 from typing import Any, Literal
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.hardware.cards import Fits, Gpu
 from peftscope.memory.allocator import segment_share
-from peftscope.memory.answer import Peaks, peaks_by_formula
+from peftscope.memory.answer import Wanted, peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of, unquantised_experts
 from peftscope.memory.base import Model
 from peftscope.memory.formula.step import without_collector
@@ -168,6 +167,7 @@ class Search:
     def __init__(self, model: Model, method: str, asked: Mapping[str, Any], needs: Needs, gpus: int = 1) -> None:
         self.model, self.method, self.asked, self.needs, self.gpus = model, method, asked, needs, gpus
         self._options = options_of_method(method, asked)
+        self._peaks = partial(peaks_by_formula, traces=needs.traces)
         self.question = self._ask(self._options)
         simulated = not self.question.has_closed_form
         self._how: Literal["formula", "simulation"] = "simulation" if simulated else "formula"
@@ -176,7 +176,7 @@ class Search:
 
             self._asked_peaks = peaks_by_simulation(self.question)
         else:
-            self._asked_peaks = self._peaks(self.question, inf)
+            self._asked_peaks = self._peaks(self.question)
         alive = self._asked_peaks.alive(self._asked_peaks.binding_phase)
         self._components, self._experts = by_kind(alive), unquantised_experts(self.question, alive)
         formulas = Counter(block.formula for block in alive if block.formula)
@@ -244,10 +244,11 @@ class Search:
         """
 
         def takes(value: int, only_whether: bool) -> int:
-            peaks, whether = self._asked_peaks, only_whether and not tight
+            peaks = self._asked_peaks
+            wanted: Wanted = "all" if tight else "whether" if only_whether else "reserved"
             if value != start:
                 question = self._ask({**self._options, **self._changes(field, value)})
-                peaks = self._peaks(question, capacity, only_whether=whether)
+                peaks = self._peaks(question, enough=capacity, wanted=wanted)
             return peaks.least_bytes if tight else peaks.device_bytes
 
         spec, capacity = self.question.spec, self.needs.gpu.usable_bytes
@@ -262,9 +263,6 @@ class Search:
 
     def _changes(self, field: str, value: int) -> dict[str, int]:
         return METHODS[self.method].with_rank(value) if field == "rank" else {field: value}
-
-    def _peaks(self, question: Question, enough: float, *, only_whether: bool = False) -> Peaks:
-        return peaks_by_formula(question, traces=self.needs.traces, enough=enough, only_whether=only_whether)
 
     def _expected(self, field: str, value: int) -> float:
         """Returns the bytes of the blocks that are alive at the peak, recomputed for another value of a field."""
