@@ -251,7 +251,7 @@ def memory_command(
 
         asked = Asked(question, given, response_len, gpus, reading)
         remedies = remedies_of(asked, peaks, Needs(card))
-        left = untested(asked, fits)
+        left = untested(asked, fits, peaks, card.usable_bytes)
     if as_json:
         more: dict[str, Any] = {"config": reading.to_json()} if reading else {}
         if card:

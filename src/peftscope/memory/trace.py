@@ -15,6 +15,7 @@ from functools import cache
 from itertools import accumulate, pairwise
 from math import prod
 from operator import neg
+from typing import NamedTuple
 
 ROUNDING_BYTES = 512
 """The CUDA caching allocator rounds every block up to a multiple of this."""
@@ -199,8 +200,7 @@ class Trace:
         return [self.blocks[event] for event in events if event >= 0 and event not in gone]
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
+class Peak(NamedTuple):
     """The most bytes alive in a phase, and the number of events after which they are alive."""
 
     size: int

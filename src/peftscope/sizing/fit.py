@@ -16,7 +16,7 @@ from peftscope.memory.assumptions import assumptions_of, unquantised_experts
 from peftscope.memory.base import Model
 from peftscope.memory.formula.step import without_collector
 from peftscope.memory.formula.terms import sizes_of
-from peftscope.memory.question import Question, ask, narrowest_target, usual_responses
+from peftscope.memory.question import ask, narrowest_target, usual_responses
 from peftscope.memory.trace import by_kind, bytes_of, factors
 from peftscope.methods import METHODS
 from peftscope.sizing.changes import Asked, remedies_of, untested
@@ -165,8 +165,9 @@ class Search:
     """
 
     def __init__(self, model: Model, method: str, asked: Mapping[str, Any], needs: Needs, gpus: int = 1) -> None:
-        self.model, self.method, self.asked, self.needs, self.gpus = model, method, asked, needs, gpus
+        self.model, self.method, self.asked, self.needs = model, method, asked, needs
         self._options = options_of_method(method, asked)
+        self._ask = partial(ask, model, gpu=needs.gpu, gpus=gpus)
         self._peaks = partial(peaks_by_formula, traces=needs.traces)
         self.question = self._ask(self._options)
         simulated = not self.question.has_closed_form
@@ -204,7 +205,7 @@ class Search:
             components=self._components,
             headroom_bytes=capacity - needed,
             missing_bytes=max(0, peaks.least_bytes - capacity),
-            advice=remedies[0].words if remedies else "" if fits == "yes" else untested(asked, fits),
+            advice=remedies[0].words if remedies else "" if fits == "yes" else untested(asked, fits, peaks, capacity),
             advised_device_bytes=remedies[0].peak_device_bytes if remedies else None,
             assumed={
                 "batch_size": spec.batch_size,
@@ -258,9 +259,6 @@ class Search:
         earlier += [found] if found else []
         return found
 
-    def _ask(self, options: Mapping[str, Any]) -> Question:
-        return ask(self.model, options, gpu=self.needs.gpu, gpus=self.gpus)
-
     def _changes(self, field: str, value: int) -> dict[str, int]:
         return METHODS[self.method].with_rank(value) if field == "rank" else {field: value}
 
@@ -271,7 +269,7 @@ class Search:
             update={"method": spec.method.model_copy(update=changes)} if field == "rank" else changes
         )
         question = replace(self.question, spec=spec, responses=usual_responses(spec.seq_len))
-        sizes = {**sizes_of(question), "2": 2, "1/G": 1 / self.gpus, "2/G": 2 / self.gpus}
+        sizes = {**sizes_of(question), "2": 2, "1/G": 1 / question.gpus, "2/G": 2 / question.gpus}
         return sum(number * segment_share(bytes_of(width, names, sizes)) for width, names, number in self._line)
 
     def _largest_rank(self) -> int | None:
