@@ -268,7 +268,7 @@ def memory_command(
             show_reading(reading, console)
         show_answer(answer, console, explain=explain, depth=depth)
         if card:
-            show_headroom(card, answer.least_device_bytes, answer.peak_device_bytes, console)
+            show_headroom(card, answer, console)
             show_time(time, card, console)
         show_remedies(remedies or filter(None, [left]), console)
     if reading and fits == "no":
