@@ -7,7 +7,6 @@ import os
 import sys
 
 from peftscope.errors import InputError
-from peftscope.execution.process import die_with_parent
 
 
 def main() -> None:
@@ -16,7 +15,10 @@ def main() -> None:
     The options come from the fields of all methods, so that this shows as soon as the commands are imported.
     """
     if "PEFTSCOPE_DIES_WITH_PARENT" in os.environ:  # the Snakefile's jobs; before the slow imports
+        from peftscope.execution.process import die_with_parent
+
         die_with_parent()
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # it would look for some in every package
     gc.disable()  # what imports make stays: looking for cycles in it takes a tenth of the start
     try:
         from peftscope.cli.main import main as run_command

@@ -338,7 +338,7 @@ def test_with_room_for_nothing_there_is_no_largest() -> None:
     assert fit.advice == "a smaller model, a larger card, or --gpus"
 
 
-def test_it_is_tight_where_the_allocator_has_to_give_back_what_it_caches() -> None:
+def test_it_is_tight_where_the_allocator_has_to_give_back_what_it_caches(peftscope: Command) -> None:
     roomy = fit_of("full", 10**12)
     least = roomy.peak_allocated_bytes + CONTEXT_BYTES
     cards = (least - 1, least, roomy.peak_device_bytes - 1, roomy.peak_device_bytes)
@@ -346,6 +346,8 @@ def test_it_is_tight_where_the_allocator_has_to_give_back_what_it_caches() -> No
     assert [fit.fits for fit in found] == ["no", "no", "tight", "yes"]  # the second one's fragments leave no room
     assert found[0].missing_bytes == 1 < found[1].missing_bytes and found[2].missing_bytes == 0
     assert found[2].largest_batch_size is None and found[2].largest_tight_batch_size == 1
+    said = [peftscope("memory", "smollm2-135m", "--method", "full", "--gpu", f"{card}GiB")[1] for card in (1.97, 1.977)]
+    assert [("are missing" in text, "expandable_segments" in text) for text in said] == [(True, False), (True, True)]
 
 
 def test_the_drivers_reserve_is_not_for_runs(peftscope: Command) -> None:

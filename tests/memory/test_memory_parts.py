@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain, count
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from test_memory import answer, model_of
 
 from peftscope.errors import InputError
 from peftscope.hardware.cards import GPUS, find_gpu
-from peftscope.memory.allocator import CachingAllocator, Piece, reserved_bytes
+from peftscope.memory.allocator import replay, reserved_bytes
 from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.base import describe_model
 from peftscope.memory.formula.step import TrainingTraces, trace_training
@@ -158,14 +159,11 @@ ALLOCATIONS: dict[str, tuple[list[tuple[float, float] | int], float]] = {
 def test_requests_land_where_the_allocator_of_torch_puts_them(
     script: list[tuple[float, float] | int], reserved: float
 ) -> None:
-    allocator, pieces = CachingAllocator(), []
-    for step in script:
-        if isinstance(step, int):
-            allocator.free(pieces[step])
-        else:
-            pieces.append(allocator.allocate(round(step[0] * MIB)))
-            assert pieces[-1].offset == round(step[1] * MIB), step
-    assert allocator.reserved_bytes == reserved * MIB
+    requests, numbers = [step for step in script if not isinstance(step, int)], count()
+    events = [~step if isinstance(step, int) else next(numbers) for step in script]
+    held, pieces = replay(events, [round(size * MIB) for size, _ in requests])
+    assert [piece[1] for piece in pieces] == [round(address * MIB) for _, address in requests]
+    assert held == reserved * MIB
 
 
 def test_segments_stay_and_only_blocks_of_the_allocator_in_a_phase_take_any() -> None:
@@ -200,48 +198,45 @@ def scripts(*sizes: st.SearchStrategy[int]) -> st.SearchStrategy[list[tuple[str,
     return st.lists(st.one_of(request, request, st.tuples(st.just("free"), st.integers(0, 20))), max_size=50)
 
 
-def follow(script: list[tuple[str, int]], allocator: CachingAllocator) -> None:
-    """Plays a script, looks at the books after every line, and frees what is left."""
-    live: list[tuple[Piece, int]] = []
-    most = 0
+def played(script: list[tuple[str, int]]) -> tuple[list[int], list[int]]:
+    """Returns the events of a script, after which all is free, and the sizes of its requests."""
+    live: list[int] = []
+    events, sizes = [], []
     for what, number in script:
-        if what == "free":
-            if live:
-                allocator.free(live.pop(number % len(live))[0])
-            continue
-        size = rounded(number)
-        piece = allocator.allocate(size)
-        address = piece.offset
-        assert all(address + size <= other.offset or other.offset + taken <= address for other, taken in live)
-        assert 0 <= address <= allocator.reserved_bytes - size
-        live.append((piece, size))
-        most = max(most, sum(taken for _, taken in live))
-        assert allocator.reserved_bytes >= most
-    for piece, _ in live:
-        allocator.free(piece)
+        if what == "allocate":
+            live.append(len(sizes))
+            events.append(live[-1])
+            sizes.append(rounded(number))
+        elif live:
+            events.append(~live.pop(number % len(live)))
+    return [*events, *(~number for number in live)], sizes
 
 
 @given(scripts(SMALL, MIDDLE, LARGE))
 @settings(max_examples=20, deadline=None, database=None)
 def test_blocks_never_overlap_and_segments_hold_them_all(script: list[tuple[str, int]]) -> None:
-    allocator = CachingAllocator()
-    follow(script, allocator)
-    reserved = allocator.reserved_bytes
-    for what, number in script:  # whatever fitted once fits into what came back
-        if what == "allocate":
-            allocator.free(allocator.allocate(rounded(number)))
-    assert allocator.reserved_bytes == reserved
+    events, sizes = played(script)
+    reserved, pieces = replay(events, sizes)
+    live: dict[int, int] = {}
+    for place, event in enumerate(events, 1):
+        if event < 0:
+            del live[~event]
+            continue
+        end = pieces[event][1] + sizes[event]
+        assert all(end <= pieces[other][1] or last <= pieces[event][1] for other, last in live.items())
+        live[event] = end
+        assert replay(events[:place], sizes)[0] >= max(end, sum(sizes[number] for number in live))
+    again = [(number, ~number) for number in range(len(sizes), 2 * len(sizes))]
+    assert replay([*events, *chain(*again)], 2 * sizes)[0] == reserved  # what fitted once fits into what came back
 
 
 @given(scripts(SMALL, MIDDLE))
 @settings(max_examples=20, deadline=None, database=None)
 def test_the_same_requests_again_need_no_new_segment(script: list[tuple[str, int]]) -> None:
     # With segments of their own that is not so: test_best_fit_may_break_up_what_a_later_request_needs.
-    allocator = CachingAllocator()
-    follow(script, allocator)
-    reserved = allocator.reserved_bytes
-    follow(script, allocator)
-    assert allocator.reserved_bytes == reserved
+    events, sizes = played(script)
+    again = [event + len(sizes) if event >= 0 else event - len(sizes) for event in events]
+    assert replay([*events, *again], 2 * sizes)[0] == replay(events, sizes)[0]
 
 
 # Cards.

@@ -11,13 +11,15 @@ import yaml
 from conftest import Command
 
 from peftscope.hardware.cards import CONTEXT_BYTES, Gpu
-from peftscope.memory.answer import peaks_by_formula
-from peftscope.memory.base import Model
+from peftscope.memory.answer import Peaks, peaks_by_formula
+from peftscope.memory.base import Model, describe_model
 from peftscope.memory.question import ask
+from peftscope.memory.trace import Block
 from peftscope.models.presets import PRESETS
 from peftscope.sizing import changes
-from peftscope.sizing.changes import Asked, remedies_of
+from peftscope.sizing.changes import NOTHING, Asked, remedies_of, untested
 from peftscope.sizing.needs import Needs
+from peftscope.words import GIB
 
 SHAPE = PRESETS["smollm2-135m"].shape.model_copy(update={"num_layers": 2})
 SMALL = Model("two layers", SHAPE.to_config(), SHAPE)
@@ -106,6 +108,15 @@ def test_experts_are_packed_where_the_trainer_packs_them(peftscope: Command, tmp
     few = {"model_name_or_path": "config.json", "quantization_bit": 4, "per_device_train_batch_size": 1}
     path.write_text(yaml.safe_dump(FILES["LLaMA-Factory"] | few))
     assert json.loads(peftscope("memory", "--config", str(path), "--gpu", "4GiB", "--json")[1])["remedies"] == []
+
+
+@pytest.mark.parametrize(("weights", "says"), [(20, "perhaps --loss liger (not tried"), (50, NOTHING)])
+def test_what_a_simulated_run_may_try_leaves_room_for_what_stays(weights: int, says: str) -> None:
+    question = ask(describe_model("gpt-oss-20b"), {"method": "qlora"}, gpu=Gpu("a card", 40 * GIB))
+    alive = [Block(weights * GIB, "weights"), Block(25 * GIB, "logits and loss")]
+    size = sum(block.size for block in alive)
+    peaks = Peaks(size, size, size, size, "backward", {"backward": size}, lambda _: alive)
+    assert untested(Asked(question, {}), "no", peaks, 40 * GIB).startswith(says)
 
 
 def test_no_remedy_is_lost_among_changes_that_are_not_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,3 +148,5 @@ def test_the_cheapest_card_comes_first_among_those_that_it_fits_on() -> None:
             read_prices(prices)
     with pytest.raises(InputError, match="fits on none"):
         on_cards(asked(method="full", batch_size=512), Schedule(), {})
+    with pytest.raises(InputError, match="time is not modelled: its experts"):
+        on_cards(ask(describe_model("mixtral-8x7b"), {}), Schedule(), {})

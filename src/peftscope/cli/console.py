@@ -21,7 +21,7 @@ EXPERIMENT, PUBLISHED = "Experiments", "Published runs"
 
 def wide_console(width: int = 160) -> Console:
     """Returns a console that is so many characters wide where a program reads it, so that tables are not folded."""
-    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False, emoji=False)
 
 
 def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:

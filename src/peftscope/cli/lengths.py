@@ -79,6 +79,5 @@ def tell_lengths(
 
         show_lengths(answer, console)
         if question.gpu:
-            widest = answer.quantiles[-1]
-            show_headroom(question.gpu, widest.least_device_bytes, widest.peak_device_bytes, console)
+            show_headroom(question.gpu, answer.quantiles[-1], console)
     return answer.fits != "no"

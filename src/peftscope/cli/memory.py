@@ -251,7 +251,7 @@ def memory_command(
 
         asked = Asked(question, given, response_len, gpus, reading)
         remedies = remedies_of(asked, peaks, Needs(card))
-        left = untested(asked, fits)
+        left = untested(asked, fits, peaks, card.usable_bytes)
     if as_json:
         more: dict[str, Any] = {"config": reading.to_json()} if reading else {}
         if card:
@@ -268,7 +268,7 @@ def memory_command(
             show_reading(reading, console)
         show_answer(answer, console, explain=explain, depth=depth)
         if card:
-            show_headroom(card, answer.least_device_bytes, answer.peak_device_bytes, console)
+            show_headroom(card, answer, console)
             show_time(time, card, console)
         show_remedies(remedies or filter(None, [left]), console)
     if reading and fits == "no":

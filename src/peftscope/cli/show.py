@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from peftscope.hardware.cards import Gpu, known_speed
+from peftscope.hardware.cards import CONTEXT_BYTES, Gpu, known_speed
 from peftscope.memory.answer import Answer
 from peftscope.memory.formula.terms import DIMENSIONS
 from peftscope.methods import METHODS
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peftscope.sizing.config_file import Reading
     from peftscope.sizing.duration import Duration, Range
     from peftscope.sizing.fit import Fit
-    from peftscope.sizing.lengths import LengthsAnswer
+    from peftscope.sizing.lengths import LengthsAnswer, Quantile
     from peftscope.sizing.oom import Diagnosis
     from peftscope.sizing.why import Why
 
@@ -51,12 +51,14 @@ def show_reading(reading: Reading, console: Console) -> None:
     console.print()
 
 
-def show_headroom(gpu: Gpu, least_bytes: int, device_bytes: int, console: Console) -> None:
+def show_headroom(gpu: Gpu, found: Answer | Quantile, console: Console) -> None:
     """Prints whether a run fits on a card, as ``Gpu.fits`` says it, and what is left or missing."""
     size = f"{gpu.name}, {spoken_bytes(gpu.usable_bytes)}{' for CUDA' if gpu.reserve_bytes else ''}"
-    fits, left = gpu.fits(least_bytes, device_bytes), gpu.usable_bytes - device_bytes
-    if fits == "no":
-        console.print(f"[red]does not fit[/] on {size}: {spoken_bytes(least_bytes - gpu.usable_bytes)} are missing")
+    least, left = found.least_device_bytes, gpu.usable_bytes - found.peak_device_bytes
+    if (fits := gpu.fits(least, found.peak_device_bytes)) == "no":
+        console.print(f"[red]does not fit[/] on {size}: {spoken_bytes(least - gpu.usable_bytes)} are missing")
+        if least - found.peak_allocated_bytes > (gpu.context_bytes or CONTEXT_BYTES):
+            console.print("  its tensors fit: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True leaves fewer fragments")
     elif fits == "tight":
         why = f"the allocator has to give back cached memory, {spoken_bytes(-left)} of it, and steps are slower"
         console.print(f"[yellow]tight[/] on {size}: {why}")

@@ -12,6 +12,7 @@ Source: ``c10/cuda/CUDACachingAllocator.cpp`` of torch 2.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
 from math import inf
 from typing import Any
 
@@ -45,81 +46,80 @@ def segment_share(size: int) -> float:
     return segment if size >= MIDDLE_REQUEST else segment / (segment // size)
 
 
-class Piece:
-    """A block inside a segment, linked to its neighbours."""
+Piece = list[Any]
+"""A block inside a segment: size, address, neighbours before and after it, and whether it is free.
 
-    __slots__ = ("after", "before", "free", "offset", "pool", "size")
-
-    def __init__(self, offset: int, size: int, pool: list[tuple[int, int, Piece]], before: Piece | None = None) -> None:
-        self.offset, self.size, self.pool, self.before = offset, size, pool, before
-        self.after: Piece | None = None
-        self.free = False
+It is a list, because lists are sorted as the free blocks of a pool are: by size, then by address.
+"""
 
 
-class CachingAllocator:
-    """The allocator's segments and free blocks for one stream.
+def replay(
+    events: Iterable[int], sizes: Sequence[int], enough: float = inf, capacity: float = inf
+) -> tuple[int, list[Piece]]:
+    """Returns the bytes of all segments after some events, and the block of each request.
 
-    Attributes:
-        capacity: What segments may take on the card. One that exceeds it all the same ends the run out of memory.
-        reserved_bytes: The bytes of all segments.
+    Args:
+        events: The number of each request, and the complement (``~number``) where its block is freed.
+        sizes: The bytes of each request, in multiples of 512; 0: the allocator does not see it.
+        enough: Above so many bytes the replay ends early.
+        capacity: What segments may take before free ones are given back. One that exceeds it all the same ends a run.
     """
+    small: list[Piece] = []
+    large: list[Piece] = []
+    pieces: list[Piece] = [[]] * len(sizes)
+    reserved = end = 0
+    for event in events:
+        if event >= 0:
+            if not (size := sizes[event]):
+                continue
+            pool = small if size <= SMALL_REQUEST else large
+            place = bisect_left(pool, [size])
+            if place < len(pool):
+                pieces[event] = piece = pool.pop(place)
+                piece[4] = False
+            else:
+                segment = segment_bytes(size)
+                if reserved + segment > capacity:
+                    reserved -= _given_back(small) + _given_back(large)
+                pieces[event] = piece = [segment, end, None, None, False]
+                end += segment
+                reserved += segment
+                if reserved > enough:
+                    break
+            rest = piece[0] - size
+            if rest > SMALL_REQUEST or (pool is small and rest >= ROUNDING_BYTES):
+                after = piece[3]
+                piece[0] = size
+                piece[3] = left = [rest, piece[1] + size, piece, after, True]
+                if after is not None:
+                    after[2] = left
+                insort(pool, left)
+        elif piece := pieces[~event]:
+            pool = small if piece[0] <= SMALL_REQUEST else large
+            before, after = piece[2], piece[3]
+            if after is not None and after[4]:
+                del pool[bisect_left(pool, after)]
+                piece[0] += after[0]
+                piece[3] = after = after[3]
+                if after is not None:
+                    after[2] = piece
+            if before is not None and before[4]:
+                del pool[bisect_left(pool, before)]
+                before[0] += piece[0]
+                before[3] = after
+                if after is not None:
+                    after[2] = before
+                piece = before
+            piece[4] = True
+            insort(pool, piece)
+    return reserved, pieces
 
-    def __init__(self, capacity: float = inf) -> None:
-        self.capacity, self.reserved_bytes, self._end = capacity, 0, 0
-        # Free pieces by size and address: one pool for small requests, one for all others.
-        self._small: list[tuple[int, int, Piece]] = []
-        self._large: list[tuple[int, int, Piece]] = []
 
-    def allocate(self, size: int) -> Piece:
-        """Returns a block for a request of ``size`` bytes (a multiple of 512)."""
-        small = size <= SMALL_REQUEST
-        pool = self._small if small else self._large
-        place = bisect_left(pool, (size,))
-        if place < len(pool):
-            piece = pool.pop(place)[2]
-            piece.free = False
-        else:
-            piece = Piece(self._end, segment_bytes(size), pool)
-            if self.reserved_bytes + piece.size > self.capacity:
-                self._give_back()
-            self._end += piece.size
-            self.reserved_bytes += piece.size
-        rest = piece.size - size
-        if rest >= ROUNDING_BYTES if small else rest > SMALL_REQUEST:
-            offset = piece.offset + size
-            after = piece.after
-            left = Piece(offset, rest, pool, piece)
-            left.free, left.after = True, after
-            if after is not None:
-                after.before = left
-            piece.size, piece.after = size, left
-            insort(pool, (rest, offset, left))
-        return piece
-
-    def _give_back(self) -> None:
-        for pool in (self._small, self._large):
-            parts = [free for free in pool if free[2].before or free[2].after]
-            self.reserved_bytes -= sum(size for size, *_ in pool) - sum(size for size, *_ in parts)
-            pool[:] = parts
-
-    def free(self, piece: Piece) -> None:
-        """Frees a block and merges it with free neighbours."""
-        pool, before, after = piece.pool, piece.before, piece.after
-        if after is not None and after.free:
-            del pool[bisect_left(pool, (after.size, after.offset))]
-            piece.size += after.size
-            after = piece.after = after.after
-            if after is not None:
-                after.before = piece
-        if before is not None and before.free:
-            del pool[bisect_left(pool, (before.size, before.offset))]
-            before.size += piece.size
-            before.after = after
-            if after is not None:
-                after.before = before
-            piece = before
-        piece.free = True
-        insort(pool, (piece.size, piece.offset, piece))
+def _given_back(pool: list[Piece]) -> int:
+    """Takes the segments that are wholly free out of a pool, and returns their bytes."""
+    whole = [piece for piece in pool if not piece[2] and not piece[3]]
+    pool[:] = [piece for piece in pool if piece[2] or piece[3]]
+    return sum(piece[0] for piece in whole)
 
 
 def reserved_bytes(trace: Trace, enough: float = inf, capacity: float = inf) -> int:
@@ -130,16 +130,5 @@ def reserved_bytes(trace: Trace, enough: float = inf, capacity: float = inf) -> 
         enough: Above so many bytes the replay ends early, with the bytes that are held by then.
         capacity: What segments may take before free ones are given back.
     """
-    allocator = CachingAllocator(capacity)
-    allocate, free, sizes = allocator.allocate, allocator.free, trace.sizes(paged=False)
-    pieces: list[Any] = [None] * len(sizes)
-    last = trace.marks[-1][0] if trace.marks else len(trace.events)
-    for event in trace.events[:last]:  # later events only free blocks
-        if event >= 0:
-            if size := sizes[event]:
-                pieces[event] = allocate(size)
-                if allocator.reserved_bytes > enough:
-                    break
-        elif sizes[~event]:
-            free(pieces[~event])
-    return allocator.reserved_bytes
+    last = trace.marks[-1][0] if trace.marks else len(trace.events)  # later events only free blocks
+    return replay(trace.events[:last], trace.sizes(paged=False), enough, capacity)[0]

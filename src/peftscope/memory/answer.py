@@ -15,7 +15,7 @@ from peftscope.hardware.cards import CONTEXT_BYTES
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.assumptions import assumptions_of, unquantised_experts
 from peftscope.memory.formula.linear import WIDTHS
-from peftscope.memory.formula.step import TrainingTraces, trace_evaluation, without_collector
+from peftscope.memory.formula.step import TrainingTraces, trace_evaluation, trace_training, without_collector
 from peftscope.memory.formula.terms import SOURCES, evaluation_sizes, sizes_of
 from peftscope.memory.question import Question
 from peftscope.memory.shares import RESIDENT, on_card, share_of
@@ -119,13 +119,17 @@ class Peaks:
     note: str = ""
 
 
+Wanted = Literal["all", "reserved", "whether"]
+"""What a question asks about reserved bytes: also what fragments keep on a card, or how many, or whether too many."""
+
+
 def peaks_by_formula(
     question: Question,
     *,
     evaluation: bool | None = None,
     traces: TrainingTraces | None = None,
     enough: float = inf,
-    only_whether: bool = False,
+    wanted: Wanted = "all",
 ) -> Peaks:
     """Returns the peaks by the closed form.
 
@@ -136,7 +140,7 @@ def peaks_by_formula(
         traces: Traces to reuse from earlier questions. ``alive`` is then valid only until the next question.
         enough: If tensors alone take more bytes than this, the allocator is not replayed, and reserved bytes are those
             of the tensors.
-        only_whether: Whether it suffices to know that reserved bytes are more than ``enough``, not how many more.
+        wanted: What is asked about reserved bytes.
 
     Raises:
         InputError: The closed form does not cover the model's family or the method.
@@ -147,12 +151,11 @@ def peaks_by_formula(
     if model.shape is None:
         remedy = "use --simulate, which works for every causal model of transformers"
         raise InputError(Problem("model", f"no closed form: {model.why_no_shape}", remedy))
-    traces = traces or TrainingTraces()
     with without_collector():
-        training = traces.trace(question) if spec.method.trains else None
+        training = (traces.trace if traces else trace_training)(question) if spec.method.trains else None
         counts = question.evaluates if evaluation is None else evaluation
         evaluated = trace_evaluation(question) if counts or training is None else None
-        return peaks_of(question, training, evaluated, traces, enough, only_whether=only_whether)
+        return peaks_of(question, training, evaluated, traces, enough, wanted)
 
 
 def answer_by_formula(question: Question) -> Answer:
@@ -170,8 +173,7 @@ def peaks_of(
     evaluation: Trace | None,
     traces: TrainingTraces | None = None,
     enough: float = inf,
-    *,
-    only_whether: bool = False,
+    wanted: Wanted = "all",
 ) -> Peaks:
     """Returns the peaks of a training trace and an evaluation trace, of which one may be missing.
 
@@ -181,7 +183,7 @@ def peaks_of(
         evaluation: The evaluation trace.
         traces: Where the training trace is from, if it is kept for other questions.
         enough: As of ``peaks_by_formula``.
-        only_whether: As of ``peaks_by_formula``.
+        wanted: As of ``peaks_by_formula``.
     """
     measure = (traces or TrainingTraces()).measure
     both = [trace for trace in (training, evaluation) if trace is not None]
@@ -202,7 +204,7 @@ def peaks_of(
 
     paged = training.paged_bytes() if training and question.spec.optimizer.startswith("paged") else 0
     whole = max(phases.values())
-    reserved, limits = whole, [enough] if only_whether and not question.shared else []
+    reserved, limits = whole, [enough] if wanted == "whether" and not question.shared else []
     if whole <= enough or question.shared:
         reserved = max(measure(reserved_bytes, trace, *limits) for trace in both)
     if question.shared:
@@ -215,7 +217,7 @@ def peaks_of(
     context = question.gpu.context_bytes if question.gpu and question.gpu.context_bytes else CONTEXT_BYTES
     device, least = reserved + context + paged, phases[binding] + context
     room = question.gpu.usable_bytes - context if question.gpu else 0
-    if phases[binding] <= room < reserved and not question.shared and not only_whether:  # fragments decide
+    if wanted == "all" and phases[binding] <= room < reserved and not question.shared:  # fragments decide
         needed = max(reserved_bytes(trace, room, room) for trace in both)
         least = needed + context if needed > room else least
     return Peaks(phases[binding], reserved, device, least, binding, phases, alive)

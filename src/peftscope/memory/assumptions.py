@@ -56,7 +56,7 @@ def unquantised_experts(question: Question, blocks: Iterable[Block]) -> list[str
     size = sum(block.size for block in blocks if block.kind == "weights" and ".experts." in f"{block.module}.")
     bits = 16 if getattr(question.spec.method, "kbit_preparation", "none") == "none" else 32
     skipped = f"in {bits} bits: under transformers 5 bitsandbytes skips fused parameters (its issue 1849)"
-    return [f"experts: {spoken_bytes(size)} {skipped}; quantize_moe_experts packs them"] if size else []
+    return [f"experts: {spoken_bytes(size)} {skipped}; axolotl's quantize_moe_experts packs them"] if size else []
 
 
 LOGPROBS = {

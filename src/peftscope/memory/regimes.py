@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from peftscope.methods import METHODS
 
 Trainer = Literal["trl", "axolotl", "llama-factory", "torchtune", "unsloth", "peft"]
 
 
-@dataclass(frozen=True)
-class Regime:
+class Regime(NamedTuple):
     """What a trainer does by default.
 
     Attributes:

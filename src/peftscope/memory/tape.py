@@ -77,9 +77,6 @@ class _Node:
         self.saved: Sequence[Any] = ()
         self.frame: _Frame | None = None
 
-    def __lt__(self, other: _Node) -> bool:
-        return self.order > other.order
-
 
 class _Frame:
     """A checkpointed layer. Its operations save nothing; a rerun in the backward pass gives them what they need.
@@ -105,10 +102,6 @@ class _Frame:
 
 class _RecomputedError(Exception):
     """Ends a rerun once everything needed was saved, as torch's ``_StopRecomputationError`` does."""
-
-
-def _needs_gradient(inputs: Sequence[Shaped]) -> bool:
-    return any(tensor.node is not None for tensor in inputs)
 
 
 def _count_uses(root: _Node) -> None:
@@ -208,7 +201,7 @@ class Tape:
             saves: The tensors that the backward pass needs. They are kept only if there will be a backward pass.
             term: The name of the output in an explanation.
         """
-        if self._rerun is not None and len(self._rerun.kept) == self._rerun.last and _needs_gradient(inputs):
+        if self._rerun is not None and len(self._rerun.kept) == self._rerun.last and any(x.node for x in inputs):
             self._keep(saves)
         output = self.new(dims, width, term=term)
         self.record(inputs, [output], backward, saves)
@@ -290,11 +283,11 @@ class Tape:
         root = loss.node
         _count_uses(root)
         pending: dict[_Node, list[Any]] = {root: [self.new((), 4)]}
-        ready = [root]
+        ready = [(-root.order, root)]  # later operations first
         before = self.module, self._kind
         self._kind = "temporaries"
         while ready:
-            node = heapq.heappop(ready)
+            _, node = heapq.heappop(ready)
             grads = pending.pop(node)
             self.module = node.module
             if node.frame is not None and node.frame.nodes:
@@ -314,7 +307,7 @@ class Tape:
                 waiting = pending.get(target)
                 if waiting is None:
                     waiting = pending[target] = [None] * target.outputs
-                    heapq.heappush(ready, target)
+                    heapq.heappush(ready, (-target.order, target))
                 old = waiting[slot]
                 waiting[slot] = grad if old is None else self.new(grad.dims, grad.width)
                 del old

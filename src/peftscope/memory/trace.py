@@ -14,6 +14,8 @@ from fractions import Fraction
 from functools import cache
 from itertools import accumulate, pairwise
 from math import prod
+from operator import neg
+from typing import NamedTuple
 
 ROUNDING_BYTES = 512
 """The CUDA caching allocator rounds every block up to a multiple of this."""
@@ -153,7 +155,7 @@ class Trace:
         """
         sizes = self.sizes(paged=paged)
         # ~index counts from the end, where the list has the same sizes with a minus sign.
-        changes = [*sizes, *(-size for size in reversed(sizes))]
+        changes = [*sizes, *map(neg, reversed(sizes))]
         live = [0, *accumulate(map(changes.__getitem__, self.events))]
         peaks: dict[str, Peak] = {}
         for phase, first, last in self.segments():
@@ -198,8 +200,7 @@ class Trace:
         return [self.blocks[event] for event in events if event >= 0 and event not in gone]
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
+class Peak(NamedTuple):
     """The most bytes alive in a phase, and the number of events after which they are alive."""
 
     size: int

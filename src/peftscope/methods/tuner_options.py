@@ -6,10 +6,9 @@ It reads the options from PEFT's classes, whose import loads torch, and tries ea
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ForwardRef, Literal, cast  # noqa: F401 - types in the file name Literal
+from typing import Any, ForwardRef, Literal, NamedTuple, cast  # noqa: F401 - types in the file name Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -19,8 +18,7 @@ OPTIONS_FILE = Path(__file__).with_name("tuner_options.json")
 LIMITS_FILE = Path(__file__).with_name("tuner_limits.json")
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """An option of a tuner.
 
     Attributes:

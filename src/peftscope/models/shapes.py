@@ -172,6 +172,8 @@ class ModelShape(Strict):
 
     def linear_layers(self, names: Sequence[str]) -> list[LinearLayer]:
         """Returns all layers of the model that these names mean, see ``is_named``."""
+        if not any("." in name for name in names):
+            return [layer for layer in self.block if layer.name in names] * self.num_layers
         paths = [(module_path(index, layer.name), layer) for index in range(self.num_layers) for layer in self.block]
         return [layer for path, layer in paths if is_named(path, names)]
 

@@ -230,13 +230,19 @@ class Asked:
         return changes
 
 
-def untested(asked: Asked, fits: Fits) -> str:
-    """Returns what to say where no remedy was found; of a run without a closed form, what nobody tried."""
-    if asked.question.has_closed_form:
+def untested(asked: Asked, fits: Fits, peaks: Peaks, usable: int) -> str:
+    """Returns what to say where no remedy was found; of a run without a closed form, what may help and nobody tried."""
+    values, alive = asked.values(), by_kind(peaks.alive(peaks.binding_phase))
+    steps = [step for step in (*FREE, "optimizer", "method") if values[step] and _spared(alive, [step]) <= usable]
+    if asked.question.has_closed_form or not steps:
         return NOTHING if fits == "no" else ""
-    values = asked.values()
-    first = [Remedy(values[step][0], fits, 0).words for step in (*FREE, "optimizer", "method") if values[step]]
-    return f"perhaps {', or '.join(first[:MOST]) or NOTHING} (not tried: each takes a simulation)"
+    first = [Remedy(values[step][0], fits, 0).words for step in steps[:MOST]]
+    return f"perhaps {', or '.join(first)} (not tried: each takes a simulation)"
+
+
+def _spared(alive: Mapping[str, int], steps: Iterable[str]) -> int:
+    """Returns bytes that stay whatever these steps set, so that not every change is asked about."""
+    return sum(size for kind, size in alive.items() if all(kind in SPARED.get(step, ()) for step in steps))
 
 
 @without_collector()
@@ -255,10 +261,6 @@ def remedies_of(asked: Asked, peaks: Peaks, needs: Needs, most: int = MOST) -> l
         every = ways(values, (*steps, *also))
         return [{name: value for part in parts for name, value in part.items()} for parts in every]
 
-    def spared(steps: Iterable[str]) -> int:
-        """Returns bytes that stay whatever these steps set, so that not every change is asked about."""
-        return sum(size for kind, size in alive.items() if all(kind in SPARED.get(step, ()) for step in steps))
-
     def least(changes: Mapping[str, Any]) -> float:
         with suppress(InputError, ValidationError):
             return peaks_by_formula(asked.with_changes(changes), traces=needs.traces, enough=0).least_bytes
@@ -273,7 +275,7 @@ def remedies_of(asked: Asked, peaks: Peaks, needs: Needs, most: int = MOST) -> l
                 continue
             for steps in level:
                 kept = {step for step in (*steps, *also) if values[step]}
-                if not kept or any(fewer <= kept for fewer in known) or spared(kept) > usable:
+                if not kept or any(fewer <= kept for fewer in known) or _spared(alive, kept) > usable:
                     continue
                 for changes in changed(steps):
                     with suppress(InputError, ValidationError):

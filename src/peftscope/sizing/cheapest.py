@@ -63,6 +63,7 @@ def on_cards(question: Question, schedule: Schedule, prices: Mapping[str, float]
     Raises:
         InputError: The closed form does not cover the run, or it fits on no card.
     """
+    duration(replace(question, gpu=GPUS["a100"]), replace(schedule, price_per_hour=1.0))  # refuses what has no time
     traces, found = TrainingTraces(), []
     for gpu in (GPUS[name] for name in SPEEDS):
         peaks = peaks_by_formula(asked := replace(question, gpu=gpu), traces=traces, enough=gpu.usable_bytes)

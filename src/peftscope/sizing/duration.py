@@ -113,14 +113,15 @@ def duration(question: Question, schedule: Schedule) -> Duration | None:
     speed = schedule.speed(question.gpu)
     if speed is None:
         return None
-    spec = question.spec
+    spec, shape = question.spec, question.model.shape
     job = "" if question.beside.job == "sft" else question.beside.job
-    if job or question.model.shape is None:
+    if job or shape is None or shape.experts:
         if schedule == Schedule():
             return None
         if job:
             raise InputError(Problem("job", f"the time of {job} is not modelled", "leave out what asks for a time"))
-        raise InputError(Problem("model", f"its time is not modelled: {question.model.why_no_shape}"))
+        why = question.model.why_no_shape or "its experts' products are not"
+        raise InputError(Problem("model", f"its time is not modelled: {why}"))
     step = step_time(question, speed)
     seconds = with_interval(step.seconds)
     tokens = Range(*(step.cards * step.tokens / value for value in (seconds.value, seconds.high, seconds.low)))

@@ -6,18 +6,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from math import inf
 from typing import Any, Literal
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.hardware.cards import Fits, Gpu
 from peftscope.memory.allocator import segment_share
-from peftscope.memory.answer import Peaks, peaks_by_formula
+from peftscope.memory.answer import Wanted, peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of, unquantised_experts
 from peftscope.memory.base import Model
 from peftscope.memory.formula.step import without_collector
 from peftscope.memory.formula.terms import sizes_of
-from peftscope.memory.question import Question, ask, narrowest_target, usual_responses
+from peftscope.memory.question import ask, narrowest_target, usual_responses
 from peftscope.memory.trace import by_kind, bytes_of, factors
 from peftscope.methods import METHODS
 from peftscope.sizing.changes import Asked, remedies_of, untested
@@ -166,8 +165,10 @@ class Search:
     """
 
     def __init__(self, model: Model, method: str, asked: Mapping[str, Any], needs: Needs, gpus: int = 1) -> None:
-        self.model, self.method, self.asked, self.needs, self.gpus = model, method, asked, needs, gpus
+        self.model, self.method, self.asked, self.needs = model, method, asked, needs
         self._options = options_of_method(method, asked)
+        self._ask = partial(ask, model, gpu=needs.gpu, gpus=gpus)
+        self._peaks = partial(peaks_by_formula, traces=needs.traces)
         self.question = self._ask(self._options)
         simulated = not self.question.has_closed_form
         self._how: Literal["formula", "simulation"] = "simulation" if simulated else "formula"
@@ -176,7 +177,7 @@ class Search:
 
             self._asked_peaks = peaks_by_simulation(self.question)
         else:
-            self._asked_peaks = self._peaks(self.question, inf)
+            self._asked_peaks = self._peaks(self.question)
         alive = self._asked_peaks.alive(self._asked_peaks.binding_phase)
         self._components, self._experts = by_kind(alive), unquantised_experts(self.question, alive)
         formulas = Counter(block.formula for block in alive if block.formula)
@@ -204,7 +205,7 @@ class Search:
             components=self._components,
             headroom_bytes=capacity - needed,
             missing_bytes=max(0, peaks.least_bytes - capacity),
-            advice=remedies[0].words if remedies else "" if fits == "yes" else untested(asked, fits),
+            advice=remedies[0].words if remedies else "" if fits == "yes" else untested(asked, fits, peaks, capacity),
             advised_device_bytes=remedies[0].peak_device_bytes if remedies else None,
             assumed={
                 "batch_size": spec.batch_size,
@@ -244,10 +245,11 @@ class Search:
         """
 
         def takes(value: int, only_whether: bool) -> int:
-            peaks, whether = self._asked_peaks, only_whether and not tight
+            peaks = self._asked_peaks
+            wanted: Wanted = "all" if tight else "whether" if only_whether else "reserved"
             if value != start:
                 question = self._ask({**self._options, **self._changes(field, value)})
-                peaks = self._peaks(question, capacity, only_whether=whether)
+                peaks = self._peaks(question, enough=capacity, wanted=wanted)
             return peaks.least_bytes if tight else peaks.device_bytes
 
         spec, capacity = self.question.spec, self.needs.gpu.usable_bytes
@@ -257,14 +259,8 @@ class Search:
         earlier += [found] if found else []
         return found
 
-    def _ask(self, options: Mapping[str, Any]) -> Question:
-        return ask(self.model, options, gpu=self.needs.gpu, gpus=self.gpus)
-
     def _changes(self, field: str, value: int) -> dict[str, int]:
         return METHODS[self.method].with_rank(value) if field == "rank" else {field: value}
-
-    def _peaks(self, question: Question, enough: float, *, only_whether: bool = False) -> Peaks:
-        return peaks_by_formula(question, traces=self.needs.traces, enough=enough, only_whether=only_whether)
 
     def _expected(self, field: str, value: int) -> float:
         """Returns the bytes of the blocks that are alive at the peak, recomputed for another value of a field."""
@@ -273,7 +269,7 @@ class Search:
             update={"method": spec.method.model_copy(update=changes)} if field == "rank" else changes
         )
         question = replace(self.question, spec=spec, responses=usual_responses(spec.seq_len))
-        sizes = {**sizes_of(question), "2": 2, "1/G": 1 / self.gpus, "2/G": 2 / self.gpus}
+        sizes = {**sizes_of(question), "2": 2, "1/G": 1 / question.gpus, "2/G": 2 / question.gpus}
         return sum(number * segment_share(bytes_of(width, names, sizes)) for width, names, number in self._line)
 
     def _largest_rank(self) -> int | None:

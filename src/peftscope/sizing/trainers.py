@@ -188,7 +188,7 @@ FACTORY_ROWS = (
     Row("optimizer_rank", "galore_rank", 16, TUNING_ARGS, only_with="use_galore"),
     Row("optimizer_rank", "apollo_rank", 16, TUNING_ARGS, only_with="use_apollo"),
     Row("load_in_8bit", "quantization_bit", words={"4": None, "8": True}),
-    Row("", "quantization_method", words={"bnb": None}),
+    Row("", "quantization_method", words={"bnb": None, "bitsandbytes": None}),
     four_bit("quantization_bit", "set finetuning_type: lora"),
     Row("rank", "lora_rank", 8, TUNING_ARGS),
     Row("alpha", "lora_alpha", 16, "twice the rank, finetuning_args.py", keys.read_factory_alpha),
