@@ -154,9 +154,7 @@ from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
 
 def run_here(identity, spec, folder, *options, deadline):
-    phases = Phases(spec.device, time.perf_counter())
-    phases.mark_imported()
-    return execute(spec, folder, phases, alone=False).status
+    return execute(spec, folder, Phases(spec.device, time.perf_counter()), alone=False).status
 
 sweep.run_apart = run_here
 for command in sys.argv[1:]:
@@ -218,9 +216,7 @@ def run_here(spec: Any, folder: Path, **options: Any) -> Any:
     from peftscope.record import read_record
 
     way.tokenise = tokenised
-    phases = Phases(spec.device, time.perf_counter())
-    phases.mark_imported()
-    execute(spec, folder, phases, **options)
+    execute(spec, folder, Phases(spec.device, time.perf_counter()), **options)
     return read_record(folder / "record.json")
 
 

@@ -62,7 +62,7 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
     from peftscope.hardware.device import detect_device
     from peftscope.planning.checks import check_run
     from peftscope.planning.resolve import spec_from
-    from peftscope.record import check_place, finished_record, state_folder, write_record
+    from peftscope.record import Seconds, check_place, finished_record, state_folder, write_record
     from peftscope.spec import run_id
     from peftscope.training.signals import Interrupted
 
@@ -98,8 +98,7 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
             verifying = time.perf_counter()
             for resource in resources:
                 resource.verify()
-            phases = Phases(spec.device, began)
-            phases.mark_imported(time.perf_counter() - verifying)
+            phases = Phases(spec.device, began, Seconds(verify=time.perf_counter() - verifying))
             try:
                 with offline():
                     return execute(spec, folder, phases)

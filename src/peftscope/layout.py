@@ -31,6 +31,8 @@ BENCHMARKS_FOLDER = RESOURCES / "benchmarks"
 
 PREDICTIONS_FOLDER = RESOURCES / "predictions"
 """Predicted memory, with one file for all runs of one code that take the same."""
+PROSE_FOLDER = RESOURCES / "prose"
+"""Scores of prose before training, with one file for all runs of one code that begin alike."""
 
 RESULTS = Path("results")
 RUNS = RESULTS / "runs"

@@ -23,6 +23,7 @@ from peftscope.errors import InputError
 from peftscope.evaluation.answers import wrap
 from peftscope.evaluation.retention import WINDOW_TOKENS, bits_per_byte, prose
 from peftscope.files.content import read_yaml
+from peftscope.layout import PROSE_FOLDER
 from peftscope.sizing.lengths import count_tokens
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model
@@ -236,8 +237,18 @@ def test_prose_is_scored_behind_it(spec: RunSpec, tokenizer: Any) -> None:
             logits = model(input_ids=torch.tensor([[BOS, *window]])).logits[0].float()
         nats -= float(logits.log_softmax(-1)[range(1, len(window)), window[1:]].sum())
         scored += len(tokenizer.decode(window[1:]).encode())
-    assert bits_per_byte(model, tokenizer, spec) == pytest.approx(nats / math.log(2) / scored, rel=1e-5)
-    assert bits_per_byte(model, load_tokenizer(spec), spec) != bits_per_byte(model, tokenizer, spec)
+    score = bits_per_byte(model, tokenizer, spec, "a run")
+    assert score == pytest.approx(nats / math.log(2) / scored, rel=1e-5)
+    assert bits_per_byte(model, load_tokenizer(spec), spec) != score
+    # A model with the same logits at the beginning takes the score that was written.
+    file = max(PROSE_FOLDER.iterdir(), key=lambda path: path.stat().st_mtime)
+    for text, found in ((file.read_text(), score), ('{"bits_per_byte": 2}', 2.0), ('{"bits', score)):
+        file.write_text(text)
+        assert bits_per_byte(model, tokenizer, spec, "a run") == found
+    file.write_text('{"bits_per_byte": 2}')
+    assert bits_per_byte(model, tokenizer, spec, "another") == bits_per_byte(model, tokenizer, spec) == score
+    model.model.norm.weight.data *= 1.001
+    assert bits_per_byte(model, tokenizer, spec, "a run") not in (2.0, score)
 
 
 def test_lm_eval_asks_behind_it(spec: RunSpec, tokenizer: Any) -> None:

@@ -92,5 +92,5 @@ def test_a_run_imports_nothing_that_it_does_not_need(toy: Path, make_spec, tmp_p
     words = "-X", "importtime", "-m", "peftscope", "run", json.dumps(fields), "--output", tmp_path
     done = python(*words, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "peft" in imported
-    assert not imported & {"lm_eval", "datasets", "pandas", "sklearn", "matplotlib", "pyarrow", "snakemake"}
+    needless = {"lm_eval", "datasets", "pandas", "sklearn", "matplotlib", "pyarrow", "snakemake", "bitsandbytes.nn"}
+    assert "peft" in imported and not imported & needless

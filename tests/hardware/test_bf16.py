@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -20,6 +19,7 @@ from peftscope.cli.main import app
 from peftscope.errors import InputError
 from peftscope.hardware import bf16
 from peftscope.hardware.bf16 import PRODUCTS, bf16_products, chosen_way, has_native_bf16
+from peftscope.hardware.meter import make_meter
 from peftscope.planning import estimate
 from peftscope.planning.plan import plan_experiment
 from peftscope.planning.published import published_records
@@ -99,6 +99,14 @@ def test_products_into_a_given_tensor_and_scaled_sums() -> None:
     assert torch.equal(out, exact.bfloat16()) and torch.equal(cast, out)
     assert torch.equal(summed, torch.addmm(bias.float(), left.float(), right.float(), beta=0.5, alpha=2).bfloat16())
     assert whole.dtype is torch.int64 and int(whole[0, 0]) == 3
+    # A weight for each row of a batch is cast once.
+    rows, weight = random(1024, 1, 32), random(8192, 32).t()
+    (meter := make_meter("cpu")).reset()
+    before = meter.peaks()["peak_resident_bytes"] or 0
+    with bf16_products("fp32"):
+        product = torch.bmm(rows, weight.expand(1024, 32, 8192))
+    assert (meter.peaks()["peak_resident_bytes"] or 0) < before + 2**28  # copies would take 1 GiB
+    assert torch.equal(product, torch.bmm(rows.float(), weight.float().expand(1024, 32, 8192)).bfloat16())
 
 
 def test_kernels_are_as_before_after_the_block() -> None:
@@ -193,13 +201,8 @@ def test_doctor_says_the_rates_of_both_ways_and_warns_of_the_slower() -> None:
     assert not bad.fine and "PEFTSCOPE_BF16=fp32" in bad.remedy
 
 
-def published(name: str) -> dict[str, Any]:
-    (text,) = (text for run, text in published_records("quick").items() if run.startswith(name))
-    return json.loads(text)
-
-
 def test_estimates_follow_the_rate_of_this_machine(monkeypatch: pytest.MonkeyPatch, in_repository: None) -> None:
-    record = published("lora-r8-a16-all-linear-s1")
+    record = json.loads(published_records("quick")["lora-r8-a16-all-linear-s1-363fb313"])
     spec = RunSpec.model_validate(record["spec"])
     monkeypatch.setattr(estimate, "_measured", lambda **_: {estimate._kind(record["spec"])[0]: record})
     there = record["ceilings"]["matmul_flops_per_second"]

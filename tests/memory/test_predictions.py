@@ -78,7 +78,7 @@ def test_no_prediction_outlives_a_change_of_the_code(
     simulated: list[RunSpec], make_spec: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def simulations() -> int:
-        predict._code.cache_clear()
+        predict.code_digest.cache_clear()
         predicted(make_spec(method="lora"))
         return len(simulated)
 
@@ -91,7 +91,7 @@ def test_no_prediction_outlives_a_change_of_the_code(
         assert simulations() == number, name
     monkeypatch.setattr(predict, "library_versions", lambda: "torch 9.9")
     assert simulations() == 4
-    predict._code.cache_clear()
+    predict.code_digest.cache_clear()
 
 
 # What stands in on a card for the byte tracker: the allocator's own peaks, and what is known of the card.

@@ -25,9 +25,11 @@ from peftscope.files.storage import STORAGE_CODE
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import cards_claimed
 from peftscope.hardware.turns import Turns
+from peftscope.methods import OwnMethod
 from peftscope.record import (
     KeepWeights,
     RunRecord,
+    Seconds,
     Status,
     check_place,
     clear_checkpoints,
@@ -46,6 +48,8 @@ from peftscope.training.signals import Interrupted, raise_on_signals
 INTERRUPTED_CODE, KILLED_CODE = 130, 137
 KILLED = "killed by SIGKILL, most likely because the host ran out of memory"
 errors = Console(stderr=True, highlight=False)
+Start = tuple[float, Seconds, Turns | None]
+"""When a process began, what it spent before its imports, and the turns that it takes."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,10 @@ class Job:
             verifying = time.perf_counter()
             for resource in inputs(self.spec):
                 resource.verify()
-            verified_seconds = time.perf_counter() - verifying
+            spent = Seconds(verify=time.perf_counter() - verifying, wait=verifying - waiting)
             with cards_claimed(self.spec.shards if self.spec.device == "cuda" else 0):
                 self._survive()
-                self._run(began, verified_seconds, verifying - waiting, turns)
+                self._run((began, spent, turns))
 
     def _survive(self) -> None:
         """Forks and returns in the child. The parent waits, and writes a record if a signal killed the child."""
@@ -183,13 +187,13 @@ class Job:
         clear_checkpoints(self.folder)
         return 0
 
-    def _run(self, began: float, verified_seconds: float, waited_seconds: float, turns: Turns | None) -> None:
+    def _run(self, start: Start) -> None:
         """Runs the spec in this process, and in forked ones if the model is sharded, and ends them all."""
         rank = 0
         try:
             raise_on_signals()
             rank = fork_ranks(self.folder, self.spec.shards, partial(self._end_for_all, host_kills()))
-            record = self._execute(began, verified_seconds, waited_seconds, turns, rank)
+            record = self._execute(start, rank)
         except Interrupted as error:
             if rank > 0:
                 os._exit(INTERRUPTED_CODE)  # this process's own record says why
@@ -208,9 +212,7 @@ class Job:
         # All processes diverge in the same step, and the record of the first one says so.
         os._exit(int(rank > 0 and record.status in ("oom", "failed")))
 
-    def _execute(
-        self, began: float, verified_seconds: float, waited_seconds: float, turns: Turns | None, rank: int
-    ) -> RunRecord:
+    def _execute(self, start: Start, rank: int) -> RunRecord:
         """Imports the libraries that the run needs, runs it and returns its record."""
         spec = self.spec
         # A run reads nothing from a hub: fetching is another command. Without this, libraries ask the hub and wait.
@@ -219,21 +221,21 @@ class Job:
 
         if spec.device == "cuda" and rank == 0:
             check_cards(spec.shards)
+        if spec.method.quantization():
+            with suppress(ModuleNotFoundError):  # the run fails by itself then, and a sweep goes on with the others
+                import bitsandbytes  # noqa: F401
+        elif isinstance(spec.method, OwnMethod) and spec.optimizer in ("adamw", "sgd"):
+            # PEFT would import it for nothing, and it torch's compiler, which is a fifth of all imports.
+            sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
         from peftscope.execution.phases import Phases
         from peftscope.execution.run import execute
 
         if spec.generation_items:
             import peftscope.evaluation.answers  # noqa: F401  (a slow import that belongs to the import phase)
-        if spec.method.quantization():
-            with suppress(ModuleNotFoundError):  # the run fails by itself then, and a sweep goes on with the others
-                import bitsandbytes  # noqa: F401
         if self.threads or spec.shards > 1:
             torch.set_num_threads(max(1, (self.threads or torch.get_num_threads()) // spec.shards))
-        phases = Phases(spec.device, began, turns)
-        phases.mark_imported(verified_seconds, waited_seconds)
-        return execute(
-            spec, self.folder, phases, self.checkpoint_seconds, rank, self.keep_weights, self.alone, self.keep_at
-        )
+        phases, seconds = Phases(spec.device, *start), self.checkpoint_seconds
+        return execute(spec, self.folder, phases, seconds, rank, self.keep_weights, self.alone, self.keep_at)
 
 
 def check_cards(count: int) -> None:

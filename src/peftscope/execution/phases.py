@@ -21,18 +21,14 @@ class Phases:
         memory: The peaks. ``load`` and ``initialise`` both count as load.
     """
 
-    def __init__(self, device: str, began: float, turns: Turns | None = None) -> None:
-        """Starts at ``began``, the ``perf_counter`` at the start of the process, which may take turns with others."""
+    def __init__(self, device: str, began: float, spent: Seconds | None = None, turns: Turns | None = None) -> None:
+        """Ends the imports of a process that began at this ``perf_counter``, and has spent some seconds otherwise."""
         self.meter = make_meter(device)
-        self.seconds = Seconds()
+        self.seconds = spent or Seconds()
+        self.seconds.importing = time.perf_counter() - began - self.seconds.verify - self.seconds.wait
         self.memory = Memory()
         self._began = began
         self.turns = turns
-
-    def mark_imported(self, verified_seconds: float = 0.0, waited_seconds: float = 0.0) -> None:
-        """Ends the phase that began with the process, of which some time was spent on checksums, or waiting."""
-        self.seconds.verify, self.seconds.wait = verified_seconds, waited_seconds
-        self.seconds.importing = time.perf_counter() - self._began - verified_seconds - waited_seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -35,7 +35,9 @@ from peftscope.execution.provenance import card_reading
 from peftscope.execution.scores import score_answers, score_benchmarks, write_items
 from peftscope.execution.start import continue_adapter, merged_start
 from peftscope.files.manifest import file_sha256
-from peftscope.memory.predict import predict_or_nothing
+from peftscope.hardware.bf16 import chosen_way
+from peftscope.hardware.device import processor_name
+from peftscope.memory.predict import code_digest, predict_or_nothing
 from peftscope.memory.probe import probe_evaluation, probe_training
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.record import Ceilings, KeepWeights, Quality, RunRecord, Size, Timing, kept_path, steps_at
@@ -105,7 +107,7 @@ def run_phases(
     if spec.shards > 1:
         with phase("initialise"):
             shard(model, spec)
-    before = quality.retention_bits_per_byte_before = _score_retention(spec, phases, model, tokenizer)
+    before = quality.retention_bits_per_byte_before = _score_retention(spec, phases, model, tokenizer, _alike(spec))
     with phase("predict"):
         widest = _widest_batches(spec, data)
         phases.memory.predicted = predict_or_nothing(spec, widest.training, widest.heldout)
@@ -205,10 +207,17 @@ def _prepare(
     return trained, weights
 
 
-def _score_retention(spec: RunSpec, phases: Phases, model: Any, tokenizer: Any) -> float | None:
+def _alike(spec: RunSpec) -> str:
+    """Returns what decides the score of prose beside the first logits; nothing if others wait for this process."""
+    run = spec.model, spec.revision, spec.retention_tokens, spec.start_from
+    machine = processor_name(), torch.get_num_threads(), chosen_way(), code_digest()
+    return repr((run, machine)) if spec.shards == 1 else ""
+
+
+def _score_retention(spec: RunSpec, phases: Phases, model: Any, tokenizer: Any, alike: str = "") -> float | None:
     model.eval()
     with phases.phase("evaluate"), attention(model, spec.attention):
-        return bits_per_byte(model, tokenizer, spec) if spec.retention_tokens else None
+        return bits_per_byte(model, tokenizer, spec, alike) if spec.retention_tokens else None
 
 
 def _widest_batches(spec: RunSpec, data: _Data) -> _Widest:

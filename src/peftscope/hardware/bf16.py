@@ -97,7 +97,11 @@ def _in_fp32(native: Any, narrowed: int, keys: Any, *inputs: Any, **options: Any
     bf16, fp32 = torch.bfloat16, torch.float32
 
     def widened(value: Any) -> Any:
-        return value.to(fp32) if isinstance(value, torch.Tensor) and value.dtype is bf16 else value
+        if not isinstance(value, torch.Tensor) or value.dtype is not bf16:
+            return value
+        # A weight for each row of a batch is one weight: copies of it took gigabytes at the first answered token.
+        once = value[tuple(slice(1) if stride == 0 else slice(None) for stride in value.stride())]
+        return once.to(fp32).expand(value.shape)
 
     if inputs[0].dtype is not bf16:
         return native.call_boxed(keys, *inputs, **options)

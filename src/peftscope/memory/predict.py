@@ -69,12 +69,12 @@ def _key(spec: RunSpec, *batches: Batch | None) -> str:
     method = Path(inspect.getfile(type(spec.method))).read_bytes()  # which may be of another package
     card = found_card() if spec.device == "cuda" else None
     run = memory_key(spec), spec.probe_steps, [b is None for b in batches], shapes
-    parts = run, config, method, card, chosen_way(), _code()
+    parts = run, config, method, card, chosen_way(), code_digest()
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 @cache
-def _code() -> str:
+def code_digest() -> str:
     """Returns a hash of the libraries' versions and of this package's code."""
     digest = hashlib.sha256(library_versions().encode())
     for path in sorted(PACKAGE.rglob("*.py")):

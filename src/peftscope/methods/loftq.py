@@ -72,8 +72,6 @@ class LoftQ(LowRankOnFewBits):
     def _initialise(self, layer: Any, weight: torch.Tensor) -> float:
         """Sets a layer's quantised weight, A and B. Returns ‖W - (Q + sBA)‖ / ‖W - quantised(W)‖ (Frobenius norms)."""
         import torch
-        from bitsandbytes.functional import dequantize_4bit
-        from bitsandbytes.nn import Params4bit
 
         base = layer.get_base_layer()
         scale = layer.scaling["default"]
@@ -83,6 +81,9 @@ class LoftQ(LowRankOnFewBits):
             if code := self.rounding():
                 simulated = rounded(values.to(base.weight.dtype), code)
                 return torch.nn.Parameter(simulated, requires_grad=False), simulated.float()
+            from bitsandbytes.functional import dequantize_4bit
+            from bitsandbytes.nn import Params4bit
+
             packed = Params4bit(
                 values.to(base.compute_dtype),
                 requires_grad=False,
