@@ -85,9 +85,9 @@ def simulate(
         take_job(trained, beside, len(batches[0].kept_positions), reference)
     if beside.loss in ("liger", "chunked"):
         fuse_loss(model, trained.loss_function, ChunkedLogProbs.apply if beside.loss == "chunked" else None)
-        spec = spec.model_copy(update={"keep_logits": False})  # there are none
-    # Fake tensors are CPU tensors, and autocast takes its device from the spec.
-    on_cpu = spec.model_copy(update={"device": "cpu"})
+    # Fake tensors are CPU tensors, and autocast takes its device from the spec. Only a plain loss has logits to keep.
+    kept = spec.keeps_logits and beside.loss == "plain" and beside.job == "sft"
+    on_cpu = spec.model_copy(update={"device": "cpu", "keep_logits": kept})
     if cublas_bytes:
         drop_as_on_cuda(model)
     in_evaluation = attention_stand_in(spec.attention, spec, [evaluation_batch] if evaluation_batch else [])
