@@ -27,7 +27,7 @@ from peftscope.memory.as_on_cuda import (
     grouped_products,
 )
 from peftscope.memory.beside import Beside
-from peftscope.memory.depths import peaks_by_depth
+from peftscope.memory.depths import peaks_by_depth, with_a_second_step
 from peftscope.memory.empty import (
     attention_stand_in,
     empty_base,
@@ -211,11 +211,11 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
     evaluation_batch = empty_batch(rows=spec.eval_batch_size, **sizes)
     fields = dict(question.model.config)
 
-    def simulate_at(config: Any) -> tuple[Trace | None, Trace | None]:
+    def simulate_at(config: Any, steps: int = 2) -> tuple[Trace | None, Trace | None]:
         training, evaluated = simulate(
             spec,
             config,
-            [batch, batch] if spec.method.trains else [],
+            [batch] * steps if spec.method.trains else [],
             evaluation_batch if counts or not spec.method.trains else None,
             question.cublas_bytes,
             question.beside,
@@ -223,9 +223,13 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
         )
         return training if spec.method.trains else None, evaluated
 
+    def simulate_once(config: Any) -> tuple[Trace | None, Trace | None]:
+        training, evaluated = simulate_at(config, 1)
+        return training and with_a_second_step(training), evaluated
+
     try:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        if deep := peaks_by_depth(question, config, simulate_at):
+        if deep := peaks_by_depth(question, config, simulate_once):
             return deep
         training, evaluated = simulate_at(config)
     except Exception as error:  # any model may fail in its own way, and the user needs one line
