@@ -166,9 +166,6 @@ def test_closed_form_and_simulation_agree_on_random_runs() -> None:
     # Other questions than those whose differences the closed form quotes, which the next test looks at.
     questions = list(random_questions(seed=1))
     assert len(questions) >= 200
-    assert {question.spec.method.name for question in questions} == {
-        n for n, cls in METHODS.items() if cls.trains and cls.closed_form
-    }
     assert {question.model.name for question in questions} == set(ARCHITECTURES)
     for question in questions[::12]:  # `make agreement` asks all of its own
         found = differences(question)
@@ -186,7 +183,6 @@ def test_the_agreement_that_answers_quote_is_within_two_percent() -> None:
     assert measured["models"].keys() == {*ARCHITECTURES} and measured["jobs"].keys() == JOBS.keys() - {"sft"}
     groups = [*methods.values(), *measured["models"].values(), *measured["jobs"].values()]
     assert all(figures["allocated_percent"]["worst"] < 2 for figures in groups)
-    assert sum(figures["questions"] for figures in methods.values()) == measured["questions"]
     assert measured["worst_percent"] == {name: found["allocated_percent"]["worst"] for name, found in methods.items()}
     assert measured["worst_reserved_percent"] == max(found["reserved_percent"]["worst"] for found in methods.values())
 
