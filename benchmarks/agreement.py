@@ -1,6 +1,7 @@
 """How well the closed form agrees with the simulation, on random runs: ``python -m benchmarks.agreement``.
 
-Writes each method's differences, on average and at worst, beside the closed form, which quotes them in its answers.
+Writes the differences of each method, model and job, on average and at worst, beside the closed form, which quotes them
+in its answers.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle, islice
 from multiprocessing import get_context
@@ -21,6 +22,7 @@ from peftscope.errors import InputError
 from peftscope.execution.libraries import without_hub_kernels
 from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
 from peftscope.memory.base import Model
+from peftscope.memory.beside import JOBS
 from peftscope.memory.question import Question, ask
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
@@ -31,6 +33,7 @@ ARCHITECTURES = (
     "qwen2.5-0.5b",
     "qwen3-0.6b",
     "phi-3-mini",
+    "gemma-2b",
     "gemma-2-2b",
     "gemma-3-1b",
     "mistral-7b",
@@ -54,11 +57,25 @@ ROUNDS = 17
 """Each round asks about every method once."""
 FULL_DEPTH = 20
 """The number of questions about whole models."""
+OF_EACH_JOB = 8
+"""The number of questions about each job other than supervised fine-tuning."""
+TRAINED = [name for name, method in METHODS.items() if method.trains and method.closed_form]
 
 
-def random_question(method: str, source: random.Random, whole: bool = False) -> Question:
-    """Returns a question about a method on one of the architectures, cut to few layers so that it is simulated fast."""
+def random_question(
+    method: str | None, source: random.Random, whole: bool = False, job: dict[str, list[Any]] | None = None
+) -> Question:
+    """Returns a question about a method on one of the architectures, cut to few layers so that it is simulated fast.
+
+    Args:
+        method: The method; None: any that goes with the job.
+        source: What decides all else.
+        whole: Whether the model has all its layers.
+        job: What options may be for another job than supervised fine-tuning.
+    """
+    asked = method
     while True:
+        method = asked or source.choice(TRAINED)
         name = source.choice(ARCHITECTURES)
         shape = PRESETS[name].shape
         if not whole:
@@ -96,6 +113,7 @@ def random_question(method: str, source: random.Random, whole: bool = False) -> 
         if "targets" in METHODS[method].model_fields:
             # From a source of its own, so that what else is asked stays as it was.
             options["modules_to_save"] = random.Random(repr(options)).choice([(), (), ("lm_head",), *SAVED])
+        options |= {option: source.choice(values) for option, values in (job or {}).items()}
         try:
             return ask(Model(name, shape.to_config(), shape), options, responses=source.randint(1, options["seq_len"]))
         except InputError:  # a combination that cannot be
@@ -106,17 +124,24 @@ def random_questions(seed: int, rounds: int = ROUNDS) -> Iterator[Question]:
     """Yields random questions, each method in turn; the seed decides all of them."""
     source = random.Random(seed)
     for _ in range(rounds):
-        for method, description in METHODS.items():
-            if description.trains and description.closed_form:
-                yield random_question(method, source)
+        for method in TRAINED:
+            yield random_question(method, source)
 
 
 def whole_questions(seed: int) -> Iterator[Question]:
     """Yields random questions about models at their full depth, the methods in turn."""
     source = random.Random(seed)
-    methods = cycle(name for name, description in METHODS.items() if description.trains and description.closed_form)
-    for method in islice(methods, FULL_DEPTH):
+    for method in islice(cycle(TRAINED), FULL_DEPTH):
         yield random_question(method, source, whole=True)
+
+
+def job_questions(seed: int) -> Iterator[Question]:
+    """Yields random questions about the jobs other than supervised fine-tuning, the jobs in turn."""
+    source = random.Random(seed)
+    ways: dict[str, list[Any]] = {"loss_path": ["hf"], "packing": [False], "logprobs": [None, "chunked", "full"]}
+    for job in islice(cycle([job for job in JOBS if job != "sft"]), OF_EACH_JOB * (len(JOBS) - 1)):
+        references = [None, "copy", "disabled", "precomputed"] if JOBS[job].scored else [None]
+        yield random_question(None, source, job={"job": [job], "reference": references, **ways})
 
 
 @without_hub_kernels()
@@ -134,38 +159,46 @@ def differences(question: Question) -> dict[str, float]:
 
 def main() -> None:
     """Measures and writes the agreement."""
-    found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    questions, wholes = list(random_questions(seed=0)), list(whole_questions(seed=0))
-    console = Console(stderr=True)
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        asked = track(pool.map(differences, questions), "simulating cut models", len(questions), console=console)
-        for question, difference in zip(questions, asked, strict=True):
-            found[question.spec.method.name].append(difference)
-        whole = list(track(pool.map(differences, wholes), "whole models", len(wholes), console=console))
-    methods: dict[str, dict[str, Any]] = {
-        method: {
-            "questions": len(found[method]),
-            "allocated_percent": _mean_and_worst(one["peak"] for one in found[method]),
-            "reserved_percent": _mean_and_worst(one["reserved"] for one in found[method]),
-        }
-        for method in sorted(found)
+    asked = {
+        "cut models": list(random_questions(seed=0)),
+        "whole models": list(whole_questions(seed=0)),
+        "jobs": list(job_questions(seed=0)),
     }
-    reserved = _mean_and_worst(one["reserved"] for ones in found.values() for one in ones)
-    allocated = _mean_and_worst(one["peak"] for ones in found.values() for one in ones)
+    console, found = Console(stderr=True), dict[str, list[dict[str, float]]]()
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for name, questions in asked.items():
+            found[name] = list(track(pool.map(differences, questions), name, len(questions), console=console))
+    cut, of_cut = asked["cut models"], found["cut models"]
+    methods = _groups([question.spec.method.name for question in cut], of_cut)
+    every = _figures(of_cut)
     content = {
-        "questions": len(questions),
-        "allocated_percent": allocated,
-        "whole_models": {
-            "questions": len(whole),
-            "allocated_percent": _mean_and_worst(one["peak"] for one in whole),
-            "reserved_percent": _mean_and_worst(one["reserved"] for one in whole),
-        },
+        "questions": len(cut),
+        "allocated_percent": every["allocated_percent"],
+        "whole_models": _figures(found["whole models"]),
         "worst_percent": {method: figures["allocated_percent"]["worst"] for method, figures in methods.items()},
-        "worst_reserved_percent": reserved["worst"],
-        "mean_reserved_percent": reserved["mean"],
+        "worst_reserved_percent": every["reserved_percent"]["worst"],
+        "mean_reserved_percent": every["reserved_percent"]["mean"],
         "methods": methods,
+        "models": _groups([question.model.name for question in cut], of_cut),
+        "jobs": _groups([question.beside.job for question in asked["jobs"]], found["jobs"]),
     }
     AGREEMENT_FILE.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _groups(names: Sequence[str], found: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Returns the figures of what has the same name."""
+    groups = defaultdict(list)
+    for name, one in zip(names, found, strict=True):
+        groups[name].append(one)
+    return {name: _figures(groups[name]) for name in sorted(groups)}
+
+
+def _figures(found: Sequence[dict[str, float]]) -> dict[str, Any]:
+    return {
+        "questions": len(found),
+        "allocated_percent": _mean_and_worst(one["peak"] for one in found),
+        "reserved_percent": _mean_and_worst(one["reserved"] for one in found),
+    }
 
 
 def _mean_and_worst(differences: Iterable[float]) -> dict[str, float]:

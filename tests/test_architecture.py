@@ -80,9 +80,9 @@ def test_snakefile_holds_rules_only(repository: Path) -> None:
 
 
 def requirements(project: dict[str, Any]) -> set[str]:
-    """Returns what runs and tests need: all extras but those of Slurm, which stands apart, and of the site."""
+    """Returns what runs and tests need: all extras but those of Slurm and TRL, which stand apart, and of the site."""
     extras = project["optional-dependencies"]
-    found = {*project["dependencies"], *(one for name in extras.keys() - {"slurm", "docs"} for one in extras[name])}
+    found = {*project["dependencies"], *(one for name in {*extras} - {"slurm", "docs", "trl"} for one in extras[name])}
     return {requirement for requirement in found if not requirement.startswith("peftscope[")}
 
 

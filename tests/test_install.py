@@ -193,7 +193,7 @@ class TestExtras:
     def test_the_page_lists_them(self) -> None:
         page = (REPOSITORY / "docs/install.md").read_text()
         listed = set(re.findall(r"^\| `peftscope(?:\[(\w+)\])?`", page, re.MULTILINE))
-        assert listed == {"", *PROJECT["optional-dependencies"]} - {"dev", "docs", "slurm"}
+        assert listed == {"", *PROJECT["optional-dependencies"]} - {"dev", "docs", "slurm", "trl"}
 
 
 class TestLightInstall:

@@ -30,12 +30,13 @@ LAYERS = {
     "granitemoehybrid": [*[LINEAR] * 5, FULL, *[LINEAR] * 6],
     "nemotron_h": [LINEAR, "mlp", LINEAR, FULL, LINEAR, "mlp"] * 4,  # without a period at its end
 }
-OPTIONS: list[dict[str, Any]] = [{"method": "full"}, {"checkpointing": True, "evaluation": True}, {"method": "ia3"}]
+OPTIONS: list[dict[str, Any]] = [{"checkpointing": True, "evaluation": True}]
+OPTIONS += [{"method": method} for method in ("full", "ia3", "prompt-tuning")]
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [fast_if((kind, options) == ("lfm2", OPTIONS[0]), kind, options) for kind in LAYERS for options in OPTIONS],
+    [fast_if((kind, options) == ("lfm2", {"method": "full"}), kind, options) for kind in LAYERS for options in OPTIONS],
     ids=str,
 )
 def test_one_more_layer_adds_the_same_at_any_depth(
@@ -45,16 +46,16 @@ def test_one_more_layer_adds_the_same_at_any_depth(
     question = ask(Model(kind, config, None, "unknown"), {"seq_len": 16, **options})
     found = answer_by_simulation(question)
     note = f"{len(LAYERS[kind])} layers from simulations of"
-    alike = options != OPTIONS[2] or kind == "qwen3_5_text"  # elsewhere IA³ has no adapter in the first layer
+    alike = options.get("method") != "ia3" or kind == "qwen3_5_text"  # elsewhere IA³ has no adapter in the first layer
     assert (note in found.assumptions[-1]) == alike
     monkeypatch.setattr(depths, "shallow_layers", lambda config: {})
     whole = answer_by_simulation(question)
-    assert found.phases == pytest.approx(whole.phases, rel=1e-4)  # in all but one case to the byte
+    assert found.phases == pytest.approx(whole.phases, rel=1e-4, abs=1024)  # two numbers of a step wait for the next
     assert sum(found.components.values()) == found.peak_allocated_bytes
     assert found.peak_reserved_bytes == pytest.approx(whole.peak_reserved_bytes, abs=2 * MIB)
 
 
-@pytest.mark.parametrize("method", ["none", "full", "qlora", "adalora"])
+@pytest.mark.parametrize("method", ["none", "full", "qlora", "adalora", "prompt-tuning", "prefix-tuning"])
 def test_a_runs_peaks_follow_from_shallow_models(method: str, make_spec: Any) -> None:
     spec, config = make_spec(method=method), LlamaConfig(**TINY, num_hidden_layers=7, attn_implementation="sdpa")
     batch = empty_batch(rows=2, width=16, responses=4, padded=True, packed=False)

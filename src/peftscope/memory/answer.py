@@ -354,22 +354,22 @@ def _agreement(question: Question, peaks: Peaks) -> str:
         return ""
     if question.gpus > 1 or question.formula_only or peaks.binding_phase == "load":
         return "no peak of such a run was measured on a card, or compared with a simulation"
-    if question.beside.job != "sft":
-        return "no peak of such a job was measured on a card under conditions that are all known"
     if question.model.stored or question.model.vision:
         kind = "base that is quantised already" if question.model.stored else "model with a vision tower"
         return f"no peak of a {kind} was measured on a card, or compared with a simulation"
-    shape = question.model.shape
-    plain = question.beside.loss == "plain" and not (shape and shape.experts)
+    shape, job = question.model.shape, question.beside.job
+    plain = question.beside.loss == "plain" and job == "sft" and not (shape and shape.experts)
     measured = json.loads(MEASURED_FILE.read_text()).get(method.name, {}) if plain else {}
     said = [
         f"{counted['points']} {kind} peaks measured on {listed(counted['cards'], last=' and ')}: off by "
         f"{counted['mean_percent']:.1f} % on average, {counted['worst_percent']:+.1f} % at worst"
         for kind, counted in measured.items()
     ] or ["no peak of such a run was measured on a card"]
+    said[0] += "" if job == "sft" else " under conditions that are all known"
     if measured and gpu and all(gpu.name not in counted["cards"] for counted in measured.values()):
         said.append(f"none on {gpu.name}")
-    if simulated := json.loads(AGREEMENT_FILE.read_text())["methods"].get(method.name):
+    agreement = json.loads(AGREEMENT_FILE.read_text())
+    if simulated := agreement["methods"].get(method.name) if job == "sft" else agreement["jobs"].get(job):
         each = {kind: simulated[f"{kind}_percent"] for kind in ("allocated", "reserved")}
         parts = (f"{kind} {one['mean']:.2f} % and {one['worst']:.2f} %" for kind, one in each.items())
         said.append(f"on average and at worst in {simulated['questions']} simulations: {', '.join(parts)}")

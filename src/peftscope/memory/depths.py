@@ -98,23 +98,31 @@ def _simulate_depths(
 ) -> _Depths | None:
     """Returns the simulations of shallow models; None without any, or if layers of a type are not alike.
 
-    They are alike if the first layer trains something: then every other is on the way of gradients, and keeps for them.
+    They are alike if gradients reach the first layer: then every other is on their way, and keeps for them.
     """
     if not models:
         return None
     pairs = {"": simulate_at(_with_layers(config, models[""]))}
     trained = pairs[""][0]
-    if (
-        trained
-        and trained.blocks
-        and not any(block.kind == "gradients" and _layer(block.module) == 0 for block in trained.blocks)
-    ):
-        return None
+    if trained and trained.blocks:
+        backward = (trained.events[first:last] for phase, first, last in trained.segments() if phase == "backward")
+        born = (trained.blocks[event] for events in backward for event in events if event >= 0)
+        if not any(_layer(block.module) == 0 for block in born):
+            return None
     pairs |= {kind: simulate_at(_with_layers(config, layers)) for kind, layers in models.items() if kind}
     traces = {kind: [trace for trace in pair if trace and trace.blocks] for kind, pair in pairs.items()}
     more = {kind: _types(config).count(kind) - models[""].count(kind) for kind in models if kind}
     places = {kind: _places(found, inserted=bool(kind), paged=paged) for kind, found in traces.items()}
     return _Depths(traces, more, places.pop(""), places)
+
+
+def with_a_second_step(trace: Trace) -> Trace:
+    """Returns the trace of a step and of one like it, beside what the first one leaves: the optimizer's states."""
+    (start, _), (end, _) = trace.marks[0], trace.marks[-1]
+    del trace.events[end:]  # when the simulation was over
+    events = {*trace.events[start:]}
+    trace.repeat(start, {event for event in events if ~event not in events})
+    return trace
 
 
 def peaks_by_depth(question: Question, config: Any, simulate_at: Simulate) -> Peaks | None:

@@ -27,7 +27,7 @@ from peftscope.memory.as_on_cuda import (
     grouped_products,
 )
 from peftscope.memory.beside import Beside
-from peftscope.memory.depths import peaks_by_depth
+from peftscope.memory.depths import peaks_by_depth, with_a_second_step
 from peftscope.memory.empty import (
     attention_stand_in,
     empty_base,
@@ -85,9 +85,9 @@ def simulate(
         take_job(trained, beside, len(batches[0].kept_positions), reference)
     if beside.loss in ("liger", "chunked"):
         fuse_loss(model, trained.loss_function, ChunkedLogProbs.apply if beside.loss == "chunked" else None)
-        spec = spec.model_copy(update={"keep_logits": False})  # there are none
-    # Fake tensors are CPU tensors, and autocast takes its device from the spec.
-    on_cpu = spec.model_copy(update={"device": "cpu"})
+    # Fake tensors are CPU tensors, and autocast takes its device from the spec. Only a plain loss has logits to keep.
+    kept = spec.keeps_logits and beside.loss == "plain" and beside.job == "sft"
+    on_cpu = spec.model_copy(update={"device": "cpu", "keep_logits": kept})
     if cublas_bytes:
         drop_as_on_cuda(model)
     in_evaluation = attention_stand_in(spec.attention, spec, [evaluation_batch] if evaluation_batch else [])
@@ -211,11 +211,11 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
     evaluation_batch = empty_batch(rows=spec.eval_batch_size, **sizes)
     fields = dict(question.model.config)
 
-    def simulate_at(config: Any) -> tuple[Trace | None, Trace | None]:
+    def simulate_at(config: Any, steps: int = 2) -> tuple[Trace | None, Trace | None]:
         training, evaluated = simulate(
             spec,
             config,
-            [batch, batch] if spec.method.trains else [],
+            [batch] * steps if spec.method.trains else [],
             evaluation_batch if counts or not spec.method.trains else None,
             question.cublas_bytes,
             question.beside,
@@ -223,9 +223,13 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
         )
         return training if spec.method.trains else None, evaluated
 
+    def simulate_once(config: Any) -> tuple[Trace | None, Trace | None]:
+        training, evaluated = simulate_at(config, 1)
+        return training and with_a_second_step(training), evaluated
+
     try:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        if deep := peaks_by_depth(question, config, simulate_at):
+        if deep := peaks_by_depth(question, config, simulate_once):
             return deep
         training, evaluated = simulate_at(config)
     except Exception as error:  # any model may fail in its own way, and the user needs one line

@@ -130,7 +130,10 @@ def take_job(trained: TrainedModel, beside: Beside, responses: int, reference: A
             without = model.disable_adapter() if other and reference is None else nullcontext()
             with torch.set_grad_enabled(kind == "loss"), without:
                 output = call(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kept)
+                if beside.logprobs != "chunked":  # a fused head is a part of the pass
+                    torch.clear_autocast_cache()
                 scores[kind] = trained.loss_function(output.logits).float().view(len(input_ids), -1)
+            torch.clear_autocast_cache()  # accelerate autocasts each pass on its own
             del output
         return SimpleNamespace(loss=-functional.logsigmoid(scores["loss"].sum(1)).mean())
 

@@ -173,9 +173,7 @@ class Search:
         simulated = not self.question.has_closed_form
         self._how: Literal["formula", "simulation"] = "simulation" if simulated else "formula"
         if simulated:
-            from peftscope.memory.simulate import peaks_by_simulation
-
-            self._asked_peaks = peaks_by_simulation(self.question)
+            self._asked_peaks = needs.simulated(self.question)
         else:
             self._asked_peaks = self._peaks(self.question)
         alive = self._asked_peaks.alive(self._asked_peaks.binding_phase)

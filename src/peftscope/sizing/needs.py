@@ -8,7 +8,7 @@ from typing import Any
 
 from peftscope.hardware.cards import Fits, Gpu
 from peftscope.memory.answer import Peaks, peaks_by_formula
-from peftscope.memory.formula.step import TrainingTraces
+from peftscope.memory.formula.step import TrainingTraces, operations_of
 from peftscope.memory.question import METHOD_OPTIONS, Question
 from peftscope.methods import METHODS
 
@@ -51,6 +51,25 @@ class Needs:
         key = question.model.name, question.spec, question.responses, question.gpus, question.beside
         if key not in self._known:
             self._known[key] = peaks_by_formula(question, traces=self.traces, enough=self.gpu.usable_bytes)
+        return self._known[key]
+
+    def simulated(self, question: Question) -> Peaks:
+        """Returns the peaks by simulation, which methods share that do the same operations on the same tensors.
+
+        Raises:
+            InputError: The model or the method cannot be simulated.
+        """
+        from peftscope.memory.simulate import peaks_by_simulation
+
+        sizes = question.spec.model_dump_json(include={"batch_size", "eval_batch_size", "seq_len"})
+        method = question.spec.method
+        own = (
+            method.closed_form or method.name,
+            *(getattr(method, name, None) for name in ("rank", "init_r", "target_r")),
+        )
+        key = question.model.name, operations_of(question), sizes, own, question.responses, question.gpus
+        if key not in self._known:
+            self._known[key] = peaks_by_simulation(question)
         return self._known[key]
 
     def fits(self, question: Question) -> Fits:

@@ -19,6 +19,7 @@ def job_loss(model: TapedModel, *, masked: bool) -> Shaped:
         tape.training = kind == "loss"
         model.targets, model.weights = ([], model.second or own[1]) if kind == "reference" else own
         scores[kind] = _score(model, held, masked=masked)
+        tape.casts.clear()
     tape.training, (model.targets, model.weights) = True, own
     return tape.op([scores["loss"]], (), 4)
 
@@ -27,13 +28,13 @@ def _score(model: TapedModel, held: list[Shaped], *, masked: bool) -> Shaped:
     """Stands for a pass: log-probabilities of the answers, or rewards."""
     tape, beside = model.tape, model.beside
     hidden = run_decoder(model, masked=masked)
-    tape.casts.clear()
     if beside.job == "reward":
         tape.module = "score"
         return tape.matmul(hidden, model.weights["score"], ("T",), "rewards")
     if beside.logprobs == "chunked":
         return chunked_log_probs(model, keep_positions(model, hidden))
     logits = run_head(model, hidden, kept=beside.job == "grpo")
+    tape.casts.clear()
     del hidden
     tape.module = "loss"
     logits = tape.cast(logits, 4, "logits in 32 bits") if tape.autocast else logits

@@ -54,7 +54,7 @@ class TrainingTraces:
 
     def trace(self, question: Question) -> Trace:
         """Returns what ``trace_training`` returns."""
-        key = f"{_operations(question)} {question.model.shape!r} {question.model.vision} {question.cublas_bytes}"
+        key = f"{operations_of(question)} {question.model.shape!r} {question.model.vision} {question.cublas_bytes}"
         if key not in self._traces:
             trace = trace_training(question)
             # Methods that do the same operations on the same tensors, as LoRA and rsLoRA do, share what is reserved.
@@ -85,7 +85,7 @@ class TrainingTraces:
         return found
 
 
-def _operations(question: Question) -> str:
+def operations_of(question: Question) -> str:
     """Returns what decides which operations a run's training step does; methods that do the same have the same."""
     spec, method = question.spec, question.spec.method
     # A rank decides which states bitsandbytes keeps in 8 bits or pages.
