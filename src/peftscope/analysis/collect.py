@@ -62,8 +62,8 @@ def collect_experiment(sweep: Sweep) -> None:
             problems += error.problems
             continue
         rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **row_of(spec, record)})
-        rows_of_run = loss_rows(record.model_dump(mode="json")) if record else []
-        losses += [{"run_id": identity, **row} for row in rows_of_run]
+        along = loss_rows(record.model_dump(mode="json")) if record else []
+        losses += [{"run_id": identity, **row} for row in along]
     if problems:
         raise InputError(problems)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,9 +104,7 @@ def _find_record(folder: Path) -> RunRecord | None:
         if (folder / name).is_file():
             record = recover_record(folder / name)
             if record.run_id != folder.name:
-                raise InputError(
-                    Problem(str(folder / name), f"this is the record of another run, {record.run_id}", "remove it")
-                )
+                raise InputError(Problem(str(folder / name), f"a record of another run, {record.run_id}", "remove it"))
             return record
     return None
 
@@ -120,8 +118,7 @@ def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "label": spec.method.full_label(),
         "method": spec.method.name,
     }
-    fields["benchmarks"] = " ".join(fields["benchmarks"])
-    row |= fields | spec.method.columns()
+    row |= fields | {"benchmarks": " ".join(fields["benchmarks"])} | spec.method.columns()
     if record is None:
         record = RunRecord(run_id="", status="interrupted", spec=spec)
     row |= {f"{phase}_seconds": value for phase, value in record.seconds}
@@ -129,8 +126,7 @@ def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         row |= {f"{phase}_{name}": value for name, value in getattr(record.memory, phase)}
     row |= {name: value for name, value in record.memory if name.endswith("_bytes")}
     row |= {f"predicted_{name}": value for name, value in record.memory.predicted}
-    speed = record.speed
-    row |= {name: value for name, value in speed}
+    row |= dict(record.speed)
     for name, timing in (record.latency or {}).items():
         row |= {f"latency_{name}_{field}": value for field, value in timing}
     quality = record.quality
@@ -151,7 +147,7 @@ def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "retention_bits_per_byte_before": quality.retention_bits_per_byte_before,
         RETENTION: quality.retention_bits_per_byte,
     }
-    row |= {name: value for name, value in record.size}
+    row |= dict(record.size)
     row |= {f"{BENCHMARK}{name}_fraction": main_score(scores) for name, scores in record.benchmarks.items()}
     row |= record.method_metrics
     row["train_batches_sha256"] = record.train_batches_sha256

@@ -175,6 +175,22 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return float(found.pvalue)
 
 
+def where_reached(curve: Sequence[float], at: Sequence[float], wanted: float) -> float:
+    """Returns where a curve first falls to a value, between two of its points interpolated; not a number if never.
+
+    >>> where_reached([4.0, 2.0, 1.0], [0.0, 0.2, 0.6], 1.5), where_reached([4.0, 2.0], [0.0, 0.2], 1.5)
+    (0.4, nan)
+    """
+    import numpy as np
+
+    values, places = np.asarray(curve, dtype=float), np.asarray(at, dtype=float)
+    below = np.flatnonzero(values <= wanted)
+    if not len(below):
+        return math.nan
+    last = max(1, int(below[0]))
+    return float(np.interp(-wanted, -values[last - 1 : last + 1], places[last - 1 : last + 1]))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Returns p values adjusted for their number within one family. Source: Holm 1979."""
     import numpy as np

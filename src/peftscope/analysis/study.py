@@ -198,10 +198,8 @@ class StudyResults:
     @property
     def arms_at_an_end(self) -> list[str]:
         """The arms whose best of several rates is the lowest or the highest, so that a better one may lie beyond."""
-        rates = {arm: self.rate(arm) for arm in self.arms}
-        return [
-            arm for arm, rate in rates.items() if rate.is_tuned and rate.best in (min(rate.losses), max(rate.losses))
-        ]
+        tuned = {arm: rate for arm in self.arms if (rate := self.rate(arm)).is_tuned}
+        return [arm for arm, rate in tuned.items() if rate.best in (min(rate.losses), max(rate.losses))]
 
     def rate_runs(self, arm: str) -> pd.DataFrame:
         """Returns the runs of an arm at all its rates, one row for each rate and seed.
@@ -338,9 +336,8 @@ class StudyResults:
                     return float(shuffled[LOWEST].mean() - own[VALIDATION].mean())
                 return float(shuffled[HELDOUT].mean() - own[HELDOUT].mean())
         message = "it has no control on shuffled labels, so that its task gain is not known"
-        raise InputError(
-            Problem(f"the study `{self.name}`", message, "add controls: {ARM: [shuffled-labels]} to its file")
-        )
+        remedy = "add controls: {ARM: [shuffled-labels]} to its file"
+        raise InputError(Problem(f"the study `{self.name}`", message, remedy))
 
     def tuning_error(self, *arms: str) -> float:
         """Returns the standard error that the choice of the learning rates of some arms adds, in nats per token."""

@@ -87,14 +87,9 @@ def four_bit(model: Any) -> Any:
 
 def nf4_layer(weight: torch.Tensor, *, compute_dtype: torch.dtype, double_quant: bool = True) -> Any:
     """Returns a linear layer with these weights in NF4, in the layout from which gradients are computed."""
-    layer = Linear4bit(
-        weight.shape[1],
-        weight.shape[0],
-        bias=False,
-        compute_dtype=compute_dtype,
-        quant_type="nf4",
-        device="meta",  # draws no random numbers for weights that are replaced
-    )
+    outputs, inputs = weight.shape
+    # On meta it draws no random numbers for weights that are replaced.
+    layer = Linear4bit(inputs, outputs, bias=False, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
     options = {"compress_statistics": double_quant, "quant_type": "nf4", "module": layer}
     layer.weight = Params4bit(weight, requires_grad=False, **options).to("cpu")
     disable_weight_repacking(layer)

@@ -48,14 +48,11 @@ def contribute(
 
 def _texts(content: Any, field: str = "") -> dict[str, list[str]]:
     """Returns the different texts of JSON content by the path of their field, without the numbers of lists."""
+    if not isinstance(content, dict | list):
+        return {field: [content]} if isinstance(content, str) else {}
     found: dict[str, list[str]] = {}
-    parts = content.items() if isinstance(content, dict) else [("", value) for value in content]
-    for name, value in parts:
-        path = f"{field}.{name}".strip(".")
-        inner = (
-            {path: [value]} if isinstance(value, str) else _texts(value, path) if isinstance(value, dict | list) else {}
-        )
-        for key, texts in inner.items():
+    for name, value in content.items() if isinstance(content, dict) else [("", value) for value in content]:
+        for key, texts in _texts(value, f"{field}.{name}".strip(".")).items():
             found[key] = list(dict.fromkeys([*found.get(key, []), *texts]))
     return found
 

@@ -42,9 +42,8 @@ app = typer.Typer()
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-MemoryModel = Annotated[
-    str | None, typer.Argument(help="A preset (llama-2-7b, qwen2.5-0.5b, ...), a config.json, or a hub id.")
-]
+MemoryModel = Annotated[str | None, typer.Argument(help="A preset (llama-2-7b, ...), a config.json, or a hub id.")]
+MethodName = Annotated[str | None, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...; default lora.")]
 Gpus = Annotated[int, typer.Option(help="Shard weights, gradients and states over so many cards.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")]
 
@@ -56,10 +55,16 @@ Price = Annotated[float | None, typer.Option(help="Of one card: what it costs.",
 Tflops = Annotated[float | None, typer.Option(help="Of the card: dense, in bf16.", rich_help_panel=TIME_PANEL)]
 Bandwidth = Annotated[float | None, typer.Option(help="Of its memory, in GB/s.", rich_help_panel=TIME_PANEL)]
 
-PANEL = "Fields of the run and its method"
-"""The heading of their options in the help."""
 DATA_PANEL = "Batches of a data set"
 """The heading of the options that a question about a data set has."""
+Lengths = Annotated[Path | None, typer.Option(help="A file with an item's tokens a line.", rich_help_panel=DATA_PANEL)]
+Data = Annotated[Path | None, typer.Option(help="A JSONL file, to count tokens in.", rich_help_panel=DATA_PANEL)]
+Fields = Annotated[str | None, typer.Option(help="Its texts, as in prompt,response.", rich_help_panel=DATA_PANEL)]
+Tokenizer = Annotated[str | None, typer.Option(help="Its folder; default the model's.", rich_help_panel=DATA_PANEL)]
+Figure = Annotated[Path | None, typer.Option(help="Draw items over their peaks.", rich_help_panel=DATA_PANEL)]
+
+PANEL = "Fields of the run and its method"
+"""The heading of their options in the help."""
 FLAGS = {"packing": "--packed/--padded", "as_trainer": "--as"}
 """Names of options that differ from their field's."""
 SAID_DEFAULTS = DEFAULTS | {
@@ -153,44 +158,19 @@ def memory_command(
             "Other options replace what it says. With --gpu, the exit code is 1 if it does not fit."
         ),
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...; default lora.")
-    ] = None,
-    response_len: Annotated[
-        int | None,
-        typer.Option(help="Positions with a loss: for response_only, or of a --job's answers. Half of --seq-len."),
-    ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="The card: whether it fits, and the CUDA context. rtx4090, a100, ..., or 24GiB.")
-    ] = None,
-    gpus: Annotated[
-        int | None, typer.Option(help="Shard weights, gradients and states over so many cards; default 1.")
-    ] = None,
+    method: MethodName = None,
+    response_len: Annotated[int | None, typer.Option(help="Positions with a loss; default half of --seq-len.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The card: whether it fits. rtx4090, a100, ..., or 24GiB.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Shard weights, gradients and states over so many cards.")] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Run the step itself on tensors without data.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Every term with its formula and source.")] = False,
     depth: Annotated[int, typer.Option(help="Levels of the tree of modules.")] = 0,
     as_json: AsJson = False,
-    lengths: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file with the tokens of an item on each line: the peaks of batches as wide as these are long.",
-            rich_help_panel=DATA_PANEL,
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="The same for a JSONL file, counted with a local tokenizer.", rich_help_panel=DATA_PANEL),
-    ] = None,
-    fields: Annotated[
-        str | None,
-        typer.Option(help="Its fields that are text, as in prompt,response; default text.", rich_help_panel=DATA_PANEL),
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A folder with it; default that of the model.", rich_help_panel=DATA_PANEL)
-    ] = None,
-    figure: Annotated[
-        Path | None, typer.Option(help="Draw the shares of items over their peaks.", rich_help_panel=DATA_PANEL)
-    ] = None,
+    lengths: Lengths = None,
+    data: Data = None,
+    fields: Fields = None,
+    tokenizer: Tokenizer = None,
+    figure: Figure = None,
     examples: Examples = None,
     epochs: Epochs = None,
     price_per_hour: Price = None,
@@ -205,6 +185,7 @@ def memory_command(
     widest does not fit.
     """
     from peftscope.cli.lengths import items_asked, tell_lengths
+    from peftscope.cli.show import show_answer, show_headroom, show_reading, show_remedies, show_time
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_of
     from peftscope.sizing.duration import Schedule, duration, time_json
@@ -223,19 +204,14 @@ def memory_command(
         reading = read_config(config, given, model)
         question = question_of(reading, responses=response_len, gpu=card, gpus=gpus)
     elif model:
-        shards = 1 if gpus is None else gpus
-        question = ask(describe_model(model), given, responses=response_len, gpu=card, gpus=shards)
+        question = ask(describe_model(model), given, responses=response_len, gpu=card, gpus=1 if gpus is None else gpus)
     else:
-        raise InputError(
-            Problem("model", "none given", "peftscope memory llama-2-7b, or peftscope memory --config FILE")
-        )
+        raise InputError(Problem("model", "none given", "peftscope memory llama-2-7b, or --config FILE"))
     if items:
         alone: dict[str, Any] = {"simulate": simulate, "explain": explain, "depth": depth}
         for name in (name for name, value in (alone | asdict(schedule)).items() if value):
             raise InputError(Problem(name, "is about one batch, not about a data set", "leave it out, or the data set"))
         if reading and not as_json:
-            from peftscope.cli.show import show_reading
-
             show_reading(reading, wide_console())
         raise typer.Exit(0 if tell_lengths(question, items, own, wide_console(), as_json=as_json) else 1)
     peaks = peaks_of_question(question, simulate=simulate)
@@ -261,8 +237,6 @@ def memory_command(
             more["remedies"] = [remedy.to_json() for remedy in remedies]
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
     else:
-        from peftscope.cli.show import show_answer, show_headroom, show_reading, show_remedies, show_time
-
         console = wide_console()
         if reading:
             show_reading(reading, console)
@@ -304,12 +278,7 @@ def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
     gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]
     models: Annotated[str | None, typer.Option(help="Several models, separated by commas.")] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            "--methods", "--method", help="These methods, separated by commas; default all with a closed form."
-        ),
-    ] = None,
+    methods: Annotated[str | None, typer.Option("--methods", "--method", help="Names, by commas; default all.")] = None,
     gpus: Gpus = 1,
     as_json: AsJson = False,
     examples: Examples = None,
@@ -347,11 +316,8 @@ def fit(
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 def cheapest(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, or a hub id.")],
-    method: Annotated[str | None, typer.Option(help="full, lora, qlora, dora, ...; default lora.")] = None,
-    prices: Annotated[
-        str | None,
-        typer.Option(help="Of an hour of each card, as in rtx4090=0.4,a100=1.5.", rich_help_panel=TIME_PANEL),
-    ] = None,
+    method: MethodName = None,
+    prices: Annotated[str | None, typer.Option(help="As in rtx4090=0.4.", rich_help_panel=TIME_PANEL)] = None,
     examples: Examples = None,
     epochs: Epochs = None,
     gpus: Gpus = 1,

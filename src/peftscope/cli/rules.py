@@ -24,9 +24,7 @@ def experiment_name(text: str) -> str:
     return path.stem if path.suffix == ".yaml" and is_here else text
 
 
-ExperimentName = Annotated[
-    str, typer.Argument(help="The name or path of a file in experiments/.", callback=experiment_name)
-]
+ExperimentName = Annotated[str, typer.Argument(help="A file in experiments/.", callback=experiment_name)]
 
 
 @app.command(hidden=True)
@@ -127,9 +125,7 @@ def table_command(
     study: ExperimentName,
     latex: Annotated[bool, typer.Option("--latex", help="For a paper; needs the package booktabs.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="For a page; the default.")] = False,
-    csv: Annotated[
-        bool, typer.Option("--csv", help="For a program: numbers with all digits, without a caption.")
-    ] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="For a program: all digits, no caption.")] = False,
 ) -> None:
     """Print a study's comparisons as a table, with intervals and a sentence for the caption."""
     from peftscope.report.export import exported

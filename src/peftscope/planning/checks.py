@@ -109,7 +109,6 @@ def too_few_items(runs: dict[str, RunSpec]) -> list[str]:
     for (task, split), (count, field) in asked.items():
         has = (read_manifest(task_folder(task)) or {}).get("items", {}).get(split, count)
         if has < count:
-            sentences.append(
-                f"The task {task} has {has:,} {split} items ({field}: {count:,}): the runs use all of them."
-            )
+            there = f"{has:,} {split} items ({field}: {count:,})"
+            sentences.append(f"The task {task} has {there}: the runs use all of them.")
     return sentences

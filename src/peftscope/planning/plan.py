@@ -46,11 +46,6 @@ class Plan:
         return list(self.sweep.runs)
 
     @property
-    def base_runs(self) -> list[str]:
-        """The runs of the untouched base."""
-        return [run for run, spec in self.sweep.runs.items() if not spec.method.trains]
-
-    @property
     def is_study(self) -> bool:
         """Whether the experiment tunes learning rates and compares arms at them."""
         return self.sweep.experiment.study is not None
@@ -171,7 +166,8 @@ class Workflow:
                 before = checkpoints.rates.get(experiment=plan.name, round=number - 1).output[0]
                 self._expand_again(plan)
                 runs = [run for of_arm in runs_to_choose_from(plan.sweep, number).values() for run in of_arm]
-                return [before, *_records(runs), *_records(plan.base_runs)]
+                runs += [run for run, spec in plan.sweep.runs.items() if not spec.method.trains]
+                return [before, *_records(runs)]
             return _records(run for of_arm in runs_to_choose_from(plan.sweep, 0).values() for run in of_arm)
 
         return records_of

@@ -106,8 +106,7 @@ def draw_waterfall(why: Why, path: Path) -> None:
     starts = [0, *accumulate((size for _, size in steps), initial=why.second_bytes)]
     starts[-1] = 0
     sizes = [why.second_bytes, *(size for _, size in steps), why.first_bytes]
-    less, more = GREEN, RED
-    colours = ["0.5", *(more if size > 0 else less for _, size in steps), "0.5"]
+    colours = ["0.5", *(RED if size > 0 else GREEN for _, size in steps), "0.5"]
     with new_figure(path, 9, 1 + 0.45 * len(names)) as axes:
         places = range(len(names))
         axes.barh(places, [size / GIB for size in sizes], left=[start / GIB for start in starts], color=colours)

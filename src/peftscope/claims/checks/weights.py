@@ -31,14 +31,14 @@ def update_rank(study: str, arm: str, over: float = 1, of_side: bool = False) ->
     """
     results, table = _after(study, arm)
     side = table[["rows", "columns"]].min(axis="columns") if of_side else 1
-    evidence = _medians(table, ["rank_90", "stable_rank", "gaussian_rank_90", "grid_rank_90", "gaussian_stable_rank"])
-    evidence |= _medians(table, [name for name in table if name.startswith("energy_")])
+    names = ("rank_90", "stable_rank", "gaussian_rank_90", "grid_rank_90", "gaussian_stable_rank")
+    shown = [*filter(table.columns.__contains__, names), *(name for name in table if name.startswith("energy_"))]
+    evidence: dict[str, Quantity] = {f"{name}, median matrix": float(table[name].median()) for name in shown}
     for part, modules in PARTS.items():
         evidence[f"rank_90 in {part}"] = float(table[table["module"].str.fullmatch(modules)]["rank_90"].median())
     evidence |= _along(results, study, arm, "rank_90")
-    return over_seeds(
-        results, (table["rank_90"] / side / over).groupby(table["seed"]).median(), evidence, table["run_id"]
-    )
+    ranks = (table["rank_90"] / side / over).groupby(table["seed"]).median()
+    return over_seeds(results, ranks, evidence, table["run_id"])
 
 
 def rank_growth(study: str, arm: str) -> Measurement:
@@ -53,10 +53,7 @@ def rank_growth(study: str, arm: str) -> Measurement:
     if first["step"].min() == last["step"].max():
         raise NotRunError(f"the study `{study}` has kept the weights of `{arm}` at one step only")
     ranks = [part.groupby("run_id")["rank_90"].median() for part in (first, last)]
-    seeds = last.drop_duplicates("run_id").set_index("run_id")["seed"]
-    return over_seeds(
-        results, (ranks[1] / ranks[0]).rename(seeds), _along(results, study, arm, "rank_90"), last["run_id"]
-    )
+    return over_seeds(results, ranks[1] / ranks[0], _along(results, study, arm, "rank_90"), last["run_id"])
 
 
 def rank_across_parts(study: str, arm: str, part: str, over: str) -> Measurement:
@@ -75,9 +72,8 @@ def rank_across_parts(study: str, arm: str, part: str, over: str) -> Measurement
     shares = table["rank_90"] / table["gaussian_rank_90"]
     chosen = [table["module"].str.fullmatch(PARTS[name]) for name in (part, over)]
     means = [shares[rows].groupby(table["seed"][rows]).mean() for rows in chosen]
-    evidence: dict[str, Quantity] = {
-        f"over a Gaussian's, {module}": float(values.mean()) for module, values in shares.groupby(table["module"])
-    }
+    modules = shares.groupby(table["module"])
+    evidence: dict[str, Quantity] = {f"over a Gaussian's, {name}": float(each.mean()) for name, each in modules}
     of_all = table["rank_90"] / table[["rows", "columns"]].min(axis="columns")
     evidence |= {
         f"share of all singular values, {name}": float(of_all[rows].mean())
@@ -180,14 +176,12 @@ def magnitude_with_direction(study: str, arm: str, module: str, within_steps: bo
         groups = [seeds[chosen], rows["step"]] if within_steps else [seeds[chosen]]
         return rows.groupby(groups).apply(correlation).groupby(level=0).mean()
 
-    mine = correlations(points["module"] == module)
-    evidence: dict[str, Quantity] = {
-        f"in {name}": float(correlations(points["module"] == name).mean()) for name in sorted(points["module"].unique())
-    }
+    modules = {name: correlations(points["module"] == name) for name in sorted(points["module"].unique())}
+    evidence: dict[str, Quantity] = {f"in {name}": float(each.mean()) for name, each in modules.items()}
     evidence["steps"] = points["step"].nunique()
     last = points[(points["module"] == module) & (points["step"] == points["step"].max())]
     evidence["after the last step only"] = float(last.groupby(seeds[last.index]).apply(correlation).mean())
-    return over_seeds(results, mine, evidence, runs["run_id"])
+    return over_seeds(results, modules.get(module, ()), evidence, runs["run_id"])
 
 
 def rank_with_worth(study: str, arm: str, kept: bool = False, given: str = "") -> Measurement:
@@ -296,10 +290,6 @@ def _points(study: str, runs: pd.DataFrame) -> pd.DataFrame:
     """Returns what was measured on the matrices of some runs, after each kept step."""
     table = read_weights(study)
     return table[(table["kind"] == "matrix") & table["run_id"].isin(runs["run_id"])]
-
-
-def _medians(table: pd.DataFrame, names: list[str]) -> dict[str, Quantity]:
-    return {f"{name}, median matrix": float(table[name].median()) for name in names if name in table}
 
 
 def _along(results: StudyResults, study: str, arm: str, name: str) -> dict[str, Quantity]:

@@ -182,10 +182,8 @@ class Fitter:
         """Returns the question about a run on the card, with a loss on every token: the most that a run takes."""
         shards, trainer = gpus or self.shards(fields["method"]), self.situation.trainer
         regime = {"as_trainer": trainer} if trainer else {"loss_path": "response_only"}
-        asked = {**fields, **regime}
-        return ask(
-            model or self.situation.model, asked, responses=fields["seq_len"], gpu=self.situation.gpu, gpus=shards
-        )
+        asked, of = {**fields, **regime}, model or self.situation.model
+        return ask(of, asked, responses=fields["seq_len"], gpu=self.situation.gpu, gpus=shards)
 
     def peak(self, fields: Mapping[str, Any], gpus: int | None = None, model: Model | None = None) -> int:
         """Returns the bytes that each card needs for the training, as ``Needs`` does."""

@@ -98,9 +98,8 @@ class Grounds(Strict):
         if self.papers:
             told.append(f"papers: {self.papers}{_reach(self.reaches_billions, billions)}")
         standing = self.standing(findings)
-        if standing is Standing.CUSTOM or (
-            standing is Standing.OPEN and len(waiting) == len(named) and not self.papers
-        ):
+        untested = standing is Standing.OPEN and len(waiting) == len(named) and not self.papers
+        if standing is Standing.CUSTOM or untested:
             told.append(HABIT)
         if standing is Standing.OPEN:
             told.insert(0, "open")
