@@ -14,7 +14,7 @@ from peftscope.layout import how_to_run, record_path, results_folder, run_folder
 from peftscope.planning.cells import FINE, TUNING
 from peftscope.planning.published import RETENTION, VALIDATION, loss_rows
 from peftscope.planning.sweep import Sweep
-from peftscope.record import Damaged, Quality, RunRecord, read_record, recover_record
+from peftscope.record import TRY_AGAIN, Damaged, Quality, RunRecord, read_record, recover_record
 from peftscope.spec import RunSpec
 
 BENCHMARK = "benchmark_"
@@ -97,6 +97,14 @@ def read_runs(experiment: str, folder: Path | None = None) -> pd.DataFrame:
         raise InputError(Problem(str(path), "no such file", how_to_run(experiment)))
     # The copy is contiguous; without it, pandas warns when a column is added to more than a hundred.
     return pd.read_csv(path, dtype={"comparisons": str}).fillna({"comparisons": ""}).copy()
+
+
+def failures(runs: pd.DataFrame) -> InputError:
+    """Returns the error of runs that did not end well."""
+    return InputError(
+        Problem(str(run_folder(str(run["run_id"]))), f"{run['status']}: {run['reason']}", TRY_AGAIN)
+        for run in runs.to_dict("records")
+    )
 
 
 def _find_record(folder: Path) -> RunRecord | None:

@@ -15,12 +15,12 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from peftscope.analysis.collect import read_runs
+from peftscope.analysis.collect import failures, read_runs
 from peftscope.analysis.compare import Difference, compare, pair_values
 from peftscope.analysis.stats import holm, trimmed_mean
 from peftscope.analysis.tuning import Rate, mean_or_none
 from peftscope.errors import InputError, Problem
-from peftscope.layout import folder_with, how_to_run, run_folder
+from peftscope.layout import folder_with, how_to_run
 from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
 from peftscope.planning.experiment import (
     A_A,
@@ -32,7 +32,6 @@ from peftscope.planning.experiment import (
     read_experiment,
 )
 from peftscope.planning.published import LOSSES, VALIDATION, loss_rows, published_records
-from peftscope.record import TRY_AGAIN
 
 HELDOUT = "heldout_nll_nats_per_token"
 ACCURACY, GREEDY = "exact_match_fraction", "greedy_match_fraction"
@@ -261,10 +260,7 @@ class StudyResults:
         runs = self._members(comparison)
         ended, is_bad = runs["status"].isin(["ok", "diverged"]), runs["status"].isin(["failed", "oom"])
         if is_bad.any():
-            raise InputError(
-                Problem(str(run_folder(str(run["run_id"]))), f"{run['status']}: {run['reason']}", TRY_AGAIN)
-                for run in runs[is_bad].to_dict("records")
-            )
+            raise failures(runs[is_bad])
         if not ended.all() or runs.empty:
             done = f"{ended.sum()} of {len(runs)} runs done" if len(runs) else "its last runs have not begun"
             raise self._unfinished(f"not finished ({done})")

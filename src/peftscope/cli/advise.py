@@ -76,11 +76,8 @@ def show_advice(advice: Advice, console: Console, *, why: bool) -> None:
     """Prints the advice: what to take, what that takes, and a trainer's file; or every line with its reasons."""
     asked = advice.situation
     cards = f"{asked.gpus} × " if asked.gpus > 1 else ""
-    console.print(
-        f"{asked.model.name} on {cards}{asked.gpu.name}, {asked.examples:,} examples, {asked.priority} first",
-        style="bold",
-        markup=False,
-    )
+    on = f"{asked.model.name} on {cards}{asked.gpu.name}"
+    console.print(f"{on}, {asked.examples:,} examples, {asked.priority} first", style="bold", markup=False)
     if not advice.options:
         console.print("[red]Nothing fits.[/] The nearest that does:")
         for line in advice.nearest:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 from pydantic import BaseModel
 from rich.console import Console
-from typer.core import TyperCommand
 
 from peftscope.cli.console import FITS, wide_console, with_progress
 from peftscope.errors import InputError, Problem, how_to_install, needs
@@ -105,20 +104,6 @@ def run_options(*names: str) -> Callable[[Command], Command]:
     return add
 
 
-class RunCommand(TyperCommand):
-    """A command with options of a run. ``--kbit-preparation`` without a value means PEFT's."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Reads the words of a command line."""
-        flag, choices, other = "--kbit-preparation", ("none", "peft", "trl"), {"true": "peft", "false": "none"}
-        spelled: list[str] = []
-        for before, word, following in zip(["", *args], args, [*args, ""][1:], strict=False):
-            word = other.get(word, word) if before == flag else word
-            spelled += [flag, "none"] if word == f"--no-{flag[2:]}" else [word]
-            spelled += ["peft"] if word == flag and following not in (*choices, *other) else []
-        return super().parse_args(ctx, spelled)
-
-
 @cache  # four commands have it
 def _option(name: str) -> Any:
     """Returns a field's option as typer wants it; what values it takes is checked with the rest of the run."""
@@ -146,7 +131,7 @@ def _option(name: str) -> Any:
     ]
 
 
-@app.command("memory", cls=RunCommand, rich_help_panel=FITS)
+@app.command("memory", rich_help_panel=FITS)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 @needs("simulate")
 def memory_command(
@@ -271,7 +256,7 @@ def models(as_json: AsJson = False) -> None:
     show_models(wide_console())
 
 
-@app.command(cls=RunCommand, rich_help_panel=FITS)
+@app.command(rich_help_panel=FITS)
 @run_options(*METHOD_OPTIONS, *(name for name in (*SPEC_OPTIONS, *BESIDE_OPTIONS) if name not in NOT_OF_FIT))
 @needs("simulate")
 def fit(
@@ -312,7 +297,7 @@ def fit(
         console.print(f"simulated when asked for by --methods, because they have no closed form: {', '.join(others)}")
 
 
-@app.command(cls=RunCommand, rich_help_panel=FITS)
+@app.command(rich_help_panel=FITS)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 def cheapest(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, or a hub id.")],

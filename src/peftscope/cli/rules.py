@@ -74,16 +74,12 @@ def page(experiment: ExperimentName) -> None:
 @needs("report")
 def check(experiment: ExperimentName) -> None:
     """Fail if a run failed: the last rule, after the report."""
-    from peftscope.analysis.collect import read_runs
-    from peftscope.record import TRY_AGAIN
+    from peftscope.analysis.collect import failures, read_runs
 
     runs = read_runs(experiment)
     failed = runs[runs["status"].isin(["failed", "interrupted", "missing"])]
     if len(failed):
-        raise InputError(
-            Problem(str(run_folder(row.run_id)), f"{row.status}: {row.reason}", TRY_AGAIN)
-            for row in failed.itertuples()
-        )
+        raise failures(failed)
 
 
 @app.command("publish", hidden=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftscope.cli.console import FITS, wide_console
-from peftscope.cli.memory import AsJson, Gpus, MethodName, RunCommand, peaks_of_question, run_options
+from peftscope.cli.memory import AsJson, Gpus, MethodName, peaks_of_question, run_options
 from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.memory.base import Model, describe_model
 from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, options_of
@@ -43,7 +43,7 @@ class Setting:
     gpus: int | None = None
 
 
-@_settings.command(cls=RunCommand)
+@_settings.command()
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 def _parse(method: str = typer.Argument("lora"), model: SharedModel = None, **options: Any) -> dict[str, Any]:
     """Return the words of a setting as options."""
@@ -132,7 +132,7 @@ def asked(setting: Setting, model: str | None, shared: Mapping[str, Any], gpu: G
     return ask(base, common | setting.options, gpu=gpu, gpus=setting.gpus or gpus)
 
 
-@app.command(cls=RunCommand, rich_help_panel=FITS)
+@app.command(rich_help_panel=FITS)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 @needs("simulate")
 def why(
@@ -182,7 +182,7 @@ def why(
     show_why(answer, wide_console())
 
 
-@app.command(cls=RunCommand, rich_help_panel=FITS)
+@app.command(rich_help_panel=FITS)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 @needs("simulate")
 def oom(

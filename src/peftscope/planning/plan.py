@@ -310,11 +310,9 @@ def load_workflow(config: dict[str, Any], cores: int | None = None) -> Workflow:
     """
     names = str(config.get("experiment", "")).split() or [DEFAULT_EXPERIMENT]
     plans = [plan_experiment(name) for name in dict.fromkeys(names)]
-    problems = (
-        []
-        if os.access(".", os.W_OK)
-        else [Problem(str(Path.cwd()), "cannot be written", STORAGE_REMEDIES[errno.EACCES])]
-    )
+    problems = []
+    if not os.access(".", os.W_OK):
+        problems.append(Problem(str(Path.cwd()), "cannot be written", STORAGE_REMEDIES[errno.EACCES]))
     runs = {identity: spec for plan in plans for identity, spec in plan.sweep.runs.items()}
     to_do = {identity: spec for identity, spec in runs.items() if not record_path(identity).is_file()}
     kept = {identity: max(len(plan.keep_at(identity)) for plan in plans) for identity in to_do}

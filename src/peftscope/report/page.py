@@ -118,8 +118,7 @@ def _left_out(runs: pd.DataFrame) -> dict[str, tuple[int, int] | None]:
     """Returns for each table how many of its rows the page shows, and how many there are; None if it shows all."""
     methods = method_summary(runs)
     tables = {"methods": (best_settings(methods), methods), "runs": (notable_runs(runs), runs)}
-    counts = {name: (len(shown), len(table)) for name, (shown, table) in tables.items()}
-    return {name: (shown, total) if shown < total else None for name, (shown, total) in counts.items()}
+    return {name: (len(s), len(all_)) if len(s) < len(all_) else None for name, (s, all_) in tables.items()}
 
 
 def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
@@ -204,9 +203,6 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
 
 def _materials(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """Returns the model and the task with licence and note, from the first record."""
-    for run in runs["run_id"]:
-        path = record_path(run)
-        if path.is_file():
-            provenance = json.loads(path.read_text())["provenance"]
-            return [m for m in (provenance.get("model"), provenance.get("task")) if m]
-    return []
+    path = next(filter(Path.is_file, map(record_path, runs["run_id"])), None)
+    provenance = json.loads(path.read_text())["provenance"] if path else {}
+    return [m for m in (provenance.get("model"), provenance.get("task")) if m]

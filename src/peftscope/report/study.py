@@ -127,6 +127,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     rows = table.to_dict("records")
     a_a = [row for row in rows if row["arm"].endswith(A_A)]
     given = [labels[arm] for arm in (*settings.given_rates, *settings.borrowed_rates) if arm in labels]
+    rates = {arm: study.rate(arm) for arm in labels}
     return {
         "first": labels[study.reference],
         "subject": study.subject,
@@ -140,15 +141,11 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "controls_of": sorted({control for control, _ in study.controls}),
         "fewest_rates": min(map(len, settings.learning_rates.values()), default=0),
         "chosen_by": settings.chosen_by,
-        "has_tuning": any(study.rate(arm).is_tuned or study.rate(arm).regret for arm in study.arms),
+        "has_tuning": any(rate.is_tuned or rate.regret for rate in rates.values()),
         "step": f"√{STEP**2:.0f}",
         "tuning_seeds": listed(settings.tuning_seeds),
         "seeds": len(settings.seeds),
-        "chosen": "; ".join(
-            f"{label} {study.rate(arm).best:g}"
-            for arm, label in labels.items()
-            if study.rate(arm).curve or study.rate(arm).is_tuned
-        ),
+        "chosen": "; ".join(f"{labels[arm]} {r.best:g}" for arm, r in rates.items() if r.curve or r.is_tuned),
         "at_an_end": "; ".join(labels[arm] for arm in study.arms_at_an_end),
         "left_out": ", ".join(f"{arm} ({reason})" for arm, reason in study.left_out.items()),
         "base_loss": f"{study.base_loss:.3f}",

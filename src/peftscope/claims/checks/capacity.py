@@ -90,10 +90,8 @@ def share_of_full(
         stored = float(np.mean(shares(control)))
         evidence[f"share that rank {control} stores"] = stored
         if stored < enough:
-            spoiled_by = (
-                f"rank {control}, with more parameters than the model, stores {100 * stored:.0f} % after the same "
-                "training, so that the training limits it"
-            )
+            said = f"rank {control}, with more parameters than the model, stores {100 * stored:.0f} %"
+            spoiled_by = f"{said} after the same training, so that the training limits it"
     return replace(_over_seeds(shares(rank), table, items, evidence), spoiled_by=spoiled_by)
 
 

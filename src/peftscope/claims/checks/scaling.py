@@ -208,10 +208,8 @@ def _trajectory(alpha: float, init_a: float, rate_a: float, rate_b: float, epsil
     with torch.no_grad():
         for layer in layers:
             factor_a(layer).mul_(init_a)
-    groups = [
-        {"params": [factor_a(layer) for layer in layers], "lr": 1e-3 * rate_a},
-        {"params": [factor_b(layer) for layer in layers], "lr": 1e-3 * rate_b},
-    ]
+    rates = ((factor_a, 1e-3 * rate_a), (factor_b, 1e-3 * rate_b))
+    groups = [{"params": list(map(factor, layers)), "lr": rate} for factor, rate in rates]
     optimizer = torch.optim.Adam(groups, eps=epsilon)
     ids = token_ids(model)
     for _ in range(steps):

@@ -75,10 +75,8 @@ def rank_across_parts(study: str, arm: str, part: str, over: str) -> Measurement
     modules = shares.groupby(table["module"])
     evidence: dict[str, Quantity] = {f"over a Gaussian's, {name}": float(each.mean()) for name, each in modules}
     of_all = table["rank_90"] / table[["rows", "columns"]].min(axis="columns")
-    evidence |= {
-        f"share of all singular values, {name}": float(of_all[rows].mean())
-        for name, rows in zip((part, over), chosen, strict=True)
-    }
+    for name, rows in zip((part, over), chosen, strict=True):
+        evidence[f"share of all singular values, {name}"] = float(of_all[rows].mean())
     return over_seeds(results, (means[0] / means[1]).dropna(), evidence, table["run_id"])
 
 
@@ -126,21 +124,16 @@ def intruders(study: str, arm: str, against: str = "") -> Measurement:
     """
     results = StudyResults(study)
     runs = {name: results.arm_runs(name) for name in filter(None, (arm, against))}
-    last = after_training(read_weights(study))
-    means = {
-        cosine: last.groupby("run_id")[f"intruders_{cosine}"].mean().rename(f"intruders_{cosine}")
-        for cosine in (30, 50, 70)
-    }
+    last = after_training(read_weights(study)).groupby("run_id")
+    means = {cosine: last[f"intruders_{cosine}"].mean() for cosine in (30, 50, 70)}
     evidence: dict[str, Quantity] = {
-        f"{name}, cosine below 0.{cosine // 10}": float(runs[name]["run_id"].map(values).mean())
+        f"{name}, cosine below 0.{cosine // 10}": float(of_arm["run_id"].map(values).mean())
         for cosine, values in means.items()
-        for name in runs
+        for name, of_arm in runs.items()
     }
-    sizes = last.groupby("run_id")["relative_size"].median()
-    evidence |= {
-        f"size of the update over the weight's, {name}": float(r["run_id"].map(sizes).mean())
-        for name, r in runs.items()
-    }
+    sizes = last["relative_size"].median()
+    for name, of_arm in runs.items():
+        evidence[f"size of the update over the weight's, {name}"] = float(of_arm["run_id"].map(sizes).mean())
     if against:
         both = paired(runs[arm], runs[against], means[50])
         values = both["first"] - both["second"]
@@ -220,10 +213,8 @@ def rank_preference(study: str, arm: str) -> Measurement:
     results, table = _after(study, arm)
     if "rank_kept" not in table or table["rank_kept"].isna().all():
         raise NotRunError(f"the study `{study}` has no ranks that `{arm}` chose")
-    mean = {
-        part: table[table["module"].str.fullmatch(modules)].groupby("seed")["rank_kept"].mean()
-        for part, modules in PARTS.items()
-    }
+    parts = {part: table[table["module"].str.fullmatch(modules)] for part, modules in PARTS.items()}
+    mean = {part: rows.groupby("seed")["rank_kept"].mean() for part, rows in parts.items()}
     logs = np.log(mean["feed-forward"] / mean["attention"])
     values = np.exp(np.sign(logs.sum() - logs) * logs)
     evidence: dict[str, Quantity] = {f"mean rank in {part}": float(each.mean()) for part, each in mean.items()}
