@@ -35,9 +35,8 @@ def regression(seed: int, examples: int, width: int) -> tuple[torch.Tensor, torc
 def lora_model(base: Any, rank: int = 8, alpha: float = 16, seed: int = 1, **options: Any) -> Any:
     """Returns a model with PEFT's LoRA on every linear layer of its blocks. ``options`` go to ``LoraConfig``."""
     torch.manual_seed(seed)
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=list(BLOCK_LINEAR), bias="none", **options
-    )
+    targets = list(BLOCK_LINEAR)
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=targets, **options)
     return get_peft_model(base, config)
 
 

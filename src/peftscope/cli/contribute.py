@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from peftscope.cli.console import OWN, wide_console
-from peftscope.cli.rules import experiment_name
+from peftscope.cli.rules import ExperimentName
 from peftscope.errors import needs
 
 app = typer.Typer()
@@ -21,9 +21,7 @@ MOST_SHOWN = 4
 @app.command(rich_help_panel=OWN)
 @needs("report")
 def contribute(
-    experiment: Annotated[
-        str, typer.Argument(help="The experiment that ran on the card.", callback=experiment_name)
-    ] = "gpu-check",
+    experiment: ExperimentName = "gpu-check",
     yes: Annotated[bool, typer.Option("--yes", help="Write the file; without it, it is only shown.")] = False,
 ) -> None:
     """Pack what an experiment measured on your card into one file for a pull request, without names and paths."""

@@ -267,9 +267,7 @@ def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.
 
 @app.command("make-benchmark", rich_help_panel=EXPERIMENT)
 @needs("train")
-def make_benchmark_command(
-    name: Annotated[str, typer.Argument(help="Of lm-eval: gsm8k, hellaswag, ...")],
-) -> None:
+def make_benchmark_command(name: Annotated[str, typer.Argument(help="Of lm-eval: gsm8k, hellaswag, ...")]) -> None:
     """Fetch the rows of one of lm-eval's own benchmarks."""
     from peftscope.data.benchmarks import make_benchmark
 

@@ -48,11 +48,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs; the keys are
 
 TIME_PANEL = "Time and price"
 """The heading of the options about time."""
-Examples = Annotated[int | None, typer.Option(help="Sequences in an epoch: its time.", rich_help_panel=TIME_PANEL)]
-Epochs = Annotated[float | None, typer.Option(help="Of the training; default 1.", rich_help_panel=TIME_PANEL)]
-Price = Annotated[float | None, typer.Option(help="Of one card: what it costs.", rich_help_panel=TIME_PANEL)]
-Tflops = Annotated[float | None, typer.Option(help="Of the card: dense, in bf16.", rich_help_panel=TIME_PANEL)]
-Bandwidth = Annotated[float | None, typer.Option(help="Of its memory, in GB/s.", rich_help_panel=TIME_PANEL)]
+TIME: dict[str, Any] = {
+    "examples": Annotated[int | None, typer.Option(help="In an epoch: its time.", rich_help_panel=TIME_PANEL)],
+    "epochs": Annotated[float | None, typer.Option(help="Of the training; default 1.", rich_help_panel=TIME_PANEL)],
+    "price_per_hour": Annotated[float | None, typer.Option(help="Of one card: the cost.", rich_help_panel=TIME_PANEL)],
+    "tflops": Annotated[float | None, typer.Option(help="Of the card: dense, in bf16.", rich_help_panel=TIME_PANEL)],
+    "bandwidth": Annotated[float | None, typer.Option(help="Of its memory, in GB/s.", rich_help_panel=TIME_PANEL)],
+}
+"""The options about time."""
 
 DATA_PANEL = "Batches of a data set"
 """The heading of the options that a question about a data set has."""
@@ -94,10 +97,9 @@ def run_options(*names: str) -> Callable[[Command], Command]:
     def add(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-        options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name))
-            for name in names
-        ]
+        kinds = {name: TIME[name] if name in TIME else _option(name) for name in names}
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in kinds.items()]
         command.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
         return command
 
@@ -118,21 +120,18 @@ def _option(name: str) -> Any:
     default = next(iter(defaults))
     if len(defaults) == 1 and default is not None:  # else it differs from method to method, or there is none
         said.append(f"default {('off', 'on')[default] if isinstance(default, bool) else default}")
-    flag = f"--{name.replace('_', '-')}"
-    names = FLAGS.get(name, f"{flag}/--no-{flag[2:]}" if annotation is bool else "")
+    flag = name.replace("_", "-")
+    names = FLAGS.get(name, f"--{flag}/--no-{flag}" if annotation is bool else "")
     return Annotated[
         (annotation if annotation in (bool, int, float) else str) | None,
         typer.Option(
-            *([names] if names else []),
-            help="; ".join(said),
-            callback=READERS.get(name),
-            rich_help_panel=PANEL,
+            *([names] if names else []), help="; ".join(said), callback=READERS.get(name), rich_help_panel=PANEL
         ),
     ]
 
 
 @app.command("memory", rich_help_panel=FITS)
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS, *TIME)
 @needs("simulate")
 def memory_command(
     model: MemoryModel = None,
@@ -156,11 +155,6 @@ def memory_command(
     fields: Fields = None,
     tokenizer: Tokenizer = None,
     figure: Figure = None,
-    examples: Examples = None,
-    epochs: Epochs = None,
-    price_per_hour: Price = None,
-    tflops: Tflops = None,
-    bandwidth: Bandwidth = None,
     **options: Any,
 ) -> None:
     """Say what a training run takes on a card, without one: allocated, reserved and device memory.
@@ -175,7 +169,7 @@ def memory_command(
     from peftscope.memory.answer import answer_of
     from peftscope.sizing.duration import Schedule, duration, time_json
 
-    schedule = Schedule(examples, epochs, price_per_hour, tflops, bandwidth)
+    schedule = Schedule(**{name: options.pop(name) for name in TIME})
     card, given = None if gpu is None else find_gpu(gpu), {"method": method, **options}
     own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer, "figure": figure}
     items = items_asked(lengths, data, model, own)
@@ -257,7 +251,7 @@ def models(as_json: AsJson = False) -> None:
 
 
 @app.command(rich_help_panel=FITS)
-@run_options(*METHOD_OPTIONS, *(name for name in (*SPEC_OPTIONS, *BESIDE_OPTIONS) if name not in NOT_OF_FIT))
+@run_options(*METHOD_OPTIONS, *(name for name in (*SPEC_OPTIONS, *BESIDE_OPTIONS, *TIME) if name not in NOT_OF_FIT))
 @needs("simulate")
 def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
@@ -266,11 +260,6 @@ def fit(
     methods: Annotated[str | None, typer.Option("--methods", "--method", help="Names, by commas; default all.")] = None,
     gpus: Gpus = 1,
     as_json: AsJson = False,
-    examples: Examples = None,
-    epochs: Epochs = None,
-    price_per_hour: Price = None,
-    tflops: Tflops = None,
-    bandwidth: Bandwidth = None,
     **options: Any,
 ) -> None:
     """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
@@ -283,7 +272,7 @@ def fit(
         raise InputError(Problem("model", "none given", "peftscope fit --gpu 24GiB llama-2-7b"))
     card, chosen = find_gpu(gpu), known_methods(methods)
     found = [describe_model(name) for name in names]
-    schedule = Schedule(examples, epochs, price_per_hour, tflops, bandwidth)
+    schedule = Schedule(**{name: options.pop(name) for name in TIME})
     asked = fit_methods(found, chosen, options, card, gpus, schedule)
     fits = list(with_progress(asked, len(found) * len(chosen), "fitting"))
     if as_json:
@@ -298,13 +287,11 @@ def fit(
 
 
 @app.command(rich_help_panel=FITS)
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS, "examples", "epochs")
 def cheapest(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, or a hub id.")],
     method: MethodName = None,
     prices: Annotated[str | None, typer.Option(help="As in rtx4090=0.4.", rich_help_panel=TIME_PANEL)] = None,
-    examples: Examples = None,
-    epochs: Epochs = None,
     gpus: Gpus = 1,
     figure: Annotated[Path | None, typer.Option(help="Draw the cost over the time.")] = None,
     as_json: AsJson = False,
@@ -314,7 +301,7 @@ def cheapest(
     from peftscope.sizing.cheapest import on_cards, read_prices
     from peftscope.sizing.duration import Schedule
 
-    priced, schedule = read_prices(prices), Schedule(examples, epochs)
+    priced, schedule = read_prices(prices), Schedule(options.pop("examples"), options.pop("epochs"))
     if figure and not priced:
         raise InputError(Problem("figure", "shows costs, and no prices are given", "give --prices"))
     found = on_cards(ask(describe_model(model), {"method": method, **options}, gpus=gpus), schedule, priced)

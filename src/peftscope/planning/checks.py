@@ -60,11 +60,9 @@ def check_compiler(runs: dict[str, RunSpec]) -> list[Problem]:
     devices = {spec.device for spec in runs.values() if spec.compile}
     named = {"cpu": "CXX", "cuda": "CC"}
     return [
-        Problem(
-            "compile", f"torch.compile finds no compiler for {device}", f"install gcc, or name one in {named[device]}"
-        )
-        for device in devices
-        if find_compiler(device) is None
+        Problem("compile", f"torch.compile finds no compiler for {name}", f"install gcc, or name one in {named[name]}")
+        for name in devices
+        if find_compiler(name) is None
     ]
 
 

@@ -91,7 +91,7 @@ class Plan:
         return self.is_study and bool(self.sweep.experiment.fixed.get("retention_every"))
 
     @property
-    def limits_examples(self) -> bool:
+    def few_examples(self) -> bool:
         """Whether the experiment is a study with arms that train on a part of the examples, and scores them along."""
         study, fixed = self.sweep.experiment.study, self.sweep.experiment.fixed
         arms = study.arms.values() if study else ()

@@ -185,10 +185,8 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             "standard error of tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
         }
         if "samples_to_reference" in row:
-            samples = row["samples_to_reference"]
-            text["samples to the reference's loss and the margin"] = (
-                "not reached" if samples == math.inf else formatted(samples, ",.0f")
-            )
+            samples = formatted(row["samples_to_reference"], ",.0f").replace("inf", "not reached")
+            text["samples to the reference's loss and the margin"] = samples
         text |= {
             "p, t test": formatted(row["t_p"], ".3g"),
             "p, after Holm": formatted(row["holm_p"], ".3g"),

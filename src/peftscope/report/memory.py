@@ -28,9 +28,8 @@ AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": 
 def draw_grid(curves: Sequence[Path], path: Path) -> None:
     """Draws the memory that a card needs along each axis, with one line per method."""
     points = pd.concat([pd.read_csv(curve) for curve in curves])
-    points = points.assign(
-        gibibytes=points["device_bytes"] / GIB, label=points["method"].map(lambda name: METHODS[name].label)
-    )
+    labels = points["method"].map(lambda name: METHODS[name].label)
+    points = points.assign(gibibytes=points["device_bytes"] / GIB, label=labels)
     styles = looks({label: label for label in points["label"]})
     with new_figure(path, 11, 4.4, columns=len(AXIS_LABELS), sharey=True) as panels:
         for axes, (axis, told) in zip(panels, AXIS_LABELS.items(), strict=True):

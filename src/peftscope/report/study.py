@@ -156,10 +156,9 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
 def study_sentences(facts: dict[str, Any]) -> dict[str, str]:
     """Returns what the two figures of a study show in words, from its facts."""
     several = facts["seeds"] >= FEWEST_FOR_MEANS
-    differences = f"Points right of the line are better than {facts['first']}. Small points are seeds" + (
-        f", large ones their means with {100 * CONFIDENCE:g} % intervals" if several else ""
-    )
-    differences += (", which include the tuning of both arms" if several and facts["has_tuning"] else "") + "."
+    large = f", large ones their means with {100 * CONFIDENCE:g} % intervals" * several
+    large += ", which include the tuning of both arms" * (several and facts["has_tuning"])
+    differences = f"Points right of the line are better than {facts['first']}. Small points are seeds{large}."
     if facts["power"]:
         differences += " Dashed lines are the margin of sameness."
     if facts["a_a"] and several:
