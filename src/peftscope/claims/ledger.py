@@ -355,13 +355,13 @@ def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _problems_of_experiment(part: Part, named: str, where: str) -> list[Problem]:
+def _problems_of_experiment(part: Part, key: str, where: str) -> list[Problem]:
     """Returns a problem if the experiment or study does not exist, and one for every arm that a study does not have."""
     try:
-        study = read_experiment(experiment_path(str(part.with_[named]))).study
+        study = read_experiment(experiment_path(str(part.with_[key]))).study
     except InputError as error:
-        return [Problem(f"{where}.{named}", str(problem)) for problem in error.problems]
-    if named == "experiment":
+        return [Problem(f"{where}.{key}", str(problem)) for problem in error.problems]
+    if key == "experiment":
         return []
     if study is None:
         return [Problem(f"{where}.study", f"{part.with_['study']} is an experiment without a study")]

@@ -65,9 +65,10 @@ def trajectory_gap(
         epsilon: Adam's epsilon in both runs; 0 divides zero by zero, since A has no gradient in the first step.
         steps: The length of both runs.
     """
-    runs = [_trajectory(*factors, epsilon, steps) for factors in ((1, 1, 1, 1), (alpha, init_a, rate_a, rate_b))]
+    changed = _trajectory(alpha, init_a, rate_a, rate_b, epsilon, steps)
     gaps, of_update = {}, 0.0
-    for step, (first, second) in enumerate(zip(*runs, strict=True), start=1):
+    runs = zip(_trajectory(1, 1, 1, 1, epsilon, steps), changed, strict=True)
+    for step, (first, second) in enumerate(runs, start=1):
         difference = max((one - other).abs().max().item() for (one, _), (other, _) in zip(first, second, strict=True))
         gaps[float(step)] = difference / max(weight.abs().max().item() for weight, _ in first)
         of_update = difference / max(update.abs().max().item() for _, update in first)
