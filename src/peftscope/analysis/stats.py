@@ -47,8 +47,6 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     if sample.size == 0:
         return None
     mean = float(sample.mean())
-    if sample.size == 1:
-        return Interval(mean, None, None, 1)
     if np.ptp(sample) == 0:
         return Interval(mean, None, None, int(sample.size))
     # This computes the quantile directly: scipy's distributions spend ten times as long on checking arguments.

@@ -197,10 +197,7 @@ class Study(Strict):
 
         It has one if at least three arms at rates of their own differ in nothing but that field, wherever one names it.
         """
-        for field in VARIED:
-            if min(map(len, self.levels(field)), default=0) >= FEWEST_VALUES:
-                return field
-        return None
+        return next((f for f in VARIED if min(map(len, self.levels(f)), default=0) >= FEWEST_VALUES), None)
 
     def levels(self, field: str) -> list[list[str]]:
         """Returns the groups of arms that differ in nothing that trains but a field, if one of them names it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 from peftscope.hardware.cards import GPUS, Fits, Gpu
@@ -116,9 +116,7 @@ class Fitter:
         if full is None or len(full.changes) > len(forced):
             shorter = [length for length in LENGTHS if length < self.situation.seq_len]
             cut = [*forced, self.rules.change(SHORTER)]
-            option = next(self._fitting(settings, [(), tuple(free)], cut, shorter), None)
-            if option:
-                yield option
+            yield from islice(self._fitting(settings, [(), tuple(free)], cut, shorter), 1)
 
     def shards(self, method: str) -> int:
         """Returns the cards that share the weights of a method: all, or one for a trainer or a base in 4 bits."""
