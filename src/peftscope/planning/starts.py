@@ -52,8 +52,8 @@ def _misfits(spec: RunSpec, start: RunSpec) -> list[str]:
     if (spec.model, spec.revision) != (start.model, start.revision):
         return [f"{spec.start_from} has another base model, {start.model}"]
     if start.method.trains_base:
-        message = f"{spec.start_from} trained {start.method.label}, which has no adapter; use start_as=merged"
-        return [message] if spec.start_as == "adapter" else []
+        problem = f"trained {start.method.label}, which has no adapter to train on; use start_as=merged"
+        return [f"{spec.start_from} {problem}"] if spec.start_as == "adapter" else []
     if not start.method.continues or start.start_as == "merged":
         return [f"{spec.start_from} trained {start.method.label}, whose adapter does not fit the base alone"]
     if spec.start_as == "adapter" and spec.method != start.method:
