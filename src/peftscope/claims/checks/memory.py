@@ -245,7 +245,12 @@ def _answered(model: str, run: str, how: How) -> Answer:
 
 
 def _peaks(model: str, run: Run) -> Peaks:
-    return peaks_by_formula(_question(model, run), evaluation=False)
+    return _scanned(model, json.dumps(run, sort_keys=True))
+
+
+@cache
+def _scanned(model: str, run: str) -> Peaks:
+    return peaks_by_formula(_question(model, json.loads(run)), evaluation=False)
 
 
 def _allocated(answer: Answer | Peaks) -> int:
