@@ -68,7 +68,7 @@ def find_run(rows: Iterable[Row], model: str, options: Mapping[str, Any], measur
     for row in rows:
         has_value = row["status"] == "oom" or row.get(measured) is not None
         # A field that a table has no column for came later, and had its default.
-        if has_value and all(_same(row.get(name, _DEFAULTS.get(name)), value) for name, value in wanted.items()):
+        if has_value and all(row.get(name, _DEFAULTS.get(name)) == value for name, value in wanted.items()):
             return row
     return None
 
@@ -81,19 +81,11 @@ def _wanted(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
     known_as = {name: value for name, value in options.items() if name != "latency_tokens"}
     spec = ask(describe_model(model), known_as).spec
     fields = spec.method.model_dump(mode="json") | spec.model_dump(mode="json", exclude={"method"})
-    known = {name: fields[name] for name in (*METHOD_OPTIONS, *SPEC_OPTIONS) if name in fields}
     tokens = options.get("latency_tokens", 0)
     open_fields = {"alpha", "eval_batch_size", *(["seq_len"] if tokens else [])} - options.keys()
-    known = {name: value for name, value in known.items() if name not in open_fields}
+    known = {name: fields[name] for name in (*METHOD_OPTIONS, *SPEC_OPTIONS) if name in fields.keys() - open_fields}
+    known = {name: "+".join(value) if isinstance(value, list) else value for name, value in known.items()}
     return {"model": PREFIX + model, "method": spec.method.name, "latency_tokens": tokens, **known}
-
-
-def _same(value: Any, wanted: Any) -> bool:
-    if value is None or wanted is None:
-        return value is wanted
-    if isinstance(wanted, list):
-        wanted = "+".join(wanted)
-    return bool(value == wanted)
 
 
 def quartiles(row: Row, name: str) -> tuple[float, float, float, int]:

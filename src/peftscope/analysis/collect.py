@@ -14,7 +14,7 @@ from peftscope.layout import how_to_run, record_path, results_folder, run_folder
 from peftscope.planning.cells import FINE, TUNING
 from peftscope.planning.published import RETENTION, VALIDATION, loss_rows
 from peftscope.planning.sweep import Sweep
-from peftscope.record import Damaged, Quality, RunRecord, read_record, recover_record
+from peftscope.record import TRY_AGAIN, Damaged, Quality, RunRecord, read_record, recover_record
 from peftscope.spec import RunSpec
 
 BENCHMARK = "benchmark_"
@@ -62,8 +62,8 @@ def collect_experiment(sweep: Sweep) -> None:
             problems += error.problems
             continue
         rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **row_of(spec, record)})
-        rows_of_run = loss_rows(record.model_dump(mode="json")) if record else []
-        losses += [{"run_id": identity, **row} for row in rows_of_run]
+        along = loss_rows(record.model_dump(mode="json")) if record else []
+        losses += [{"run_id": identity, **row} for row in along]
     if problems:
         raise InputError(problems)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,14 +99,20 @@ def read_runs(experiment: str, folder: Path | None = None) -> pd.DataFrame:
     return pd.read_csv(path, dtype={"comparisons": str}).fillna({"comparisons": ""}).copy()
 
 
+def failures(runs: pd.DataFrame) -> InputError:
+    """Returns the error of runs that did not end well."""
+    return InputError(
+        Problem(str(run_folder(str(run["run_id"]))), f"{run['status']}: {run['reason']}", TRY_AGAIN)
+        for run in runs.to_dict("records")
+    )
+
+
 def _find_record(folder: Path) -> RunRecord | None:
     for name in ("record.json", "interrupted.json"):
         if (folder / name).is_file():
             record = recover_record(folder / name)
             if record.run_id != folder.name:
-                raise InputError(
-                    Problem(str(folder / name), f"this is the record of another run, {record.run_id}", "remove it")
-                )
+                raise InputError(Problem(str(folder / name), f"a record of another run, {record.run_id}", "remove it"))
             return record
     return None
 
@@ -120,8 +126,7 @@ def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "label": spec.method.full_label(),
         "method": spec.method.name,
     }
-    fields["benchmarks"] = " ".join(fields["benchmarks"])
-    row |= fields | spec.method.columns()
+    row |= fields | {"benchmarks": " ".join(fields["benchmarks"])} | spec.method.columns()
     if record is None:
         record = RunRecord(run_id="", status="interrupted", spec=spec)
     row |= {f"{phase}_seconds": value for phase, value in record.seconds}
@@ -129,8 +134,7 @@ def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         row |= {f"{phase}_{name}": value for name, value in getattr(record.memory, phase)}
     row |= {name: value for name, value in record.memory if name.endswith("_bytes")}
     row |= {f"predicted_{name}": value for name, value in record.memory.predicted}
-    speed = record.speed
-    row |= {name: value for name, value in speed}
+    row |= dict(record.speed)
     for name, timing in (record.latency or {}).items():
         row |= {f"latency_{name}_{field}": value for field, value in timing}
     quality = record.quality
@@ -151,7 +155,7 @@ def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "retention_bits_per_byte_before": quality.retention_bits_per_byte_before,
         RETENTION: quality.retention_bits_per_byte,
     }
-    row |= {name: value for name, value in record.size}
+    row |= dict(record.size)
     row |= {f"{BENCHMARK}{name}_fraction": main_score(scores) for name, scores in record.benchmarks.items()}
     row |= record.method_metrics
     row["train_batches_sha256"] = record.train_batches_sha256

@@ -228,9 +228,8 @@ def check(contribution: Contribution, where: str) -> None:
     """Raises InputError with everything in a contribution that names a place or is not plausible."""
     problems = [Problem(f"{where}: {field}", message) for field, message in _unfit_texts(contribution.content())]
     runs = [record.run_id for record in contribution.records]
-    problems += [
-        Problem(f"{where}: {run}", "stands twice") for run in sorted({run for run in runs if runs.count(run) > 1})
-    ]
+    twice = sorted({run for run in runs if runs.count(run) > 1})
+    problems += [Problem(f"{where}: {run}", "stands twice") for run in twice]
     for record in contribution.records:
         rules = (_wrong_origin, _wrong_losses, _wrong_peaks, _wrong_speed)
         if record != anonymous(record):
@@ -316,10 +315,8 @@ def _wrong_peaks(record: RunRecord, card: str) -> Iterator[str]:
             continue
         measured -= before if kind == "device" else 0
         if not predicted / factor <= measured <= predicted * factor:
-            yield (
-                f"the {kind} peak of its training is {spoken_bytes(measured)}, predicted were "
-                f"{spoken_bytes(predicted)}: over {factor:g} times apart"
-            )
+            said = f"{spoken_bytes(measured)}, predicted were {spoken_bytes(predicted)}"
+            yield f"the {kind} peak of its training is {said}: over {factor:g} times apart"
 
 
 def _wrong_speed(record: RunRecord, card: str) -> Iterator[str]:
@@ -350,7 +347,5 @@ def _disagreements(contributions: Mapping[Path, Contribution]) -> Iterator[Probl
         if batches and its_batches and batches != its_batches:
             yield Problem(f"{where}: {record.run_id}", f"saw other batches than in {other}")
         elif abs(loss - its_loss) > FIRST_LOSS_SHARE * max(loss, its_loss):
-            message = (
-                f"its first loss is {loss:.4f}, in {other} it is {its_loss:.4f}: over {FIRST_LOSS_SHARE:.0%} apart"
-            )
-            yield Problem(f"{where}: {record.run_id}", message)
+            said = f"its first loss is {loss:.4f}, in {other} it is {its_loss:.4f}"
+            yield Problem(f"{where}: {record.run_id}", f"{said}: over {FIRST_LOSS_SHARE:.0%} apart")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pandas as pd
 
+from peftscope.analysis.stats import where_reached
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem
 from peftscope.planning.published import RETENTION, VALIDATION
@@ -34,24 +34,8 @@ def curves(study: StudyResults, runs: pd.DataFrame) -> Iterator[tuple[int, pd.Da
         yield row["seed"], pd.DataFrame({"task": points[VALIDATION], "rise": points[RETENTION] - before})
 
 
-def rise_at(curve: pd.DataFrame, loss: float) -> float:
-    """Returns the rise on prose where a curve first reaches a loss on the task, between two measurements interpolated.
-
-    >>> rise_at(pd.DataFrame({"task": [4.0, 2.0, 1.0], "rise": [0.0, 0.2, 0.6]}), 1.5)
-    0.4
-    """
-    task, rise = curve["task"].to_numpy(), curve["rise"].to_numpy()
-    reached = np.flatnonzero(task <= loss)
-    if not len(reached):
-        return float("nan")
-    last = reached[0]
-    if last == 0:
-        return float(rise[0])
-    share = (task[last - 1] - loss) / (task[last - 1] - task[last])
-    return float(rise[last - 1] + share * (rise[last] - rise[last - 1]))
-
-
 def matched_rises(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:
     """Returns the lowest loss on the task that both curves reach, and the rise on prose of each where it reaches it."""
     loss = max(first["task"].min(), second["task"].min())
-    return loss, rise_at(first, loss), rise_at(second, loss)
+    one, other = (where_reached(curve["task"], curve["rise"], loss) for curve in (first, second))
+    return loss, one, other

@@ -180,10 +180,8 @@ def check_side(side: Sequence[Scored]) -> None:
     first = side[0]
     for run in side[1:]:
         if run.setting != first.setting:
-            said = f"these are two systems: {_changed(first.setting, run.setting)}"
-            raise InputError(
-                Problem(f"{first.where} and {run.where}", said, "name runs that differ in their seed only")
-            )
+            both, said = f"{first.where} and {run.where}", _changed(first.setting, run.setting)
+            raise InputError(Problem(both, f"these are two systems: {said}", "name runs that differ by seed only"))
         check_items(first, run)
     unseeded = [run.where for run in side if run.seed is None]
     if len(set(unseeded)) < len(unseeded):
@@ -224,9 +222,7 @@ def check_items(one: Scored, other: Scored) -> None:
         said = f"other data: {differs.sum()} of {len(aligned)} items ask something else, item {first} first"
         raise InputError(Problem(where, said, remedy))
     if (aligned["weight"] != one.items["weight"]).any():
-        raise InputError(
-            Problem(where, "other tokens: the same text has other lengths", "compare --metric exact_match")
-        )
+        raise InputError(Problem(where, "other tokens: the same text has other lengths", "give --metric exact_match"))
 
 
 def tuning_error(*sides: Sequence[Scored]) -> float:

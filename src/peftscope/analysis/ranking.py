@@ -158,9 +158,8 @@ def _item_errors(all_runs: Sequence[Sequence[Scored]], scores: np.ndarray, items
     first = all_runs[0][0]
     if first.has_items:
         index, weight = first.items.index, first.items["weight"] / first.items["weight"].mean()
-        values = np.array(
-            [np.mean([weight * run.items["value"].loc[index] for run in runs], axis=0) for runs in all_runs]
-        )
+        scored = [[weight * run.items["value"].loc[index] for run in runs] for runs in all_runs]
+        values = np.array([np.mean(of_one, axis=0) for of_one in scored])
         left = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
         k, n = values.shape
         return np.sqrt((left**2).sum(axis=1) / (n - 1) * k / (k - 1) / n)

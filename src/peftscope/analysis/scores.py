@@ -24,6 +24,7 @@ from peftscope.spec import RunSpec, start_without_seed
 
 LARGEST_LOG = 2_000_000_000
 """The largest file of scores that is read, in bytes."""
+NAMES = "give a run's id, a folder, a file, or STUDY:ARM"
 
 
 def read_scores(source: str, metric: str | None = None) -> list[Scored]:
@@ -38,7 +39,7 @@ def read_scores(source: str, metric: str | None = None) -> list[Scored]:
     """
     parts = [source] if _exists(source) else [part.strip() for part in source.split(",") if part.strip()]
     if not parts:
-        raise InputError(Problem(shown(source), "names nothing", "give a run's id, a folder, a file, or STUDY:ARM"))
+        raise InputError(Problem(shown(source), "names nothing", NAMES))
     runs = [run for part in parts for run in _read(part, metric)]
     if not runs:
         raise InputError(Problem(source, "no run in it was scored", "give runs that have ended"))
@@ -63,9 +64,7 @@ def _read(source: str, metric: str | None) -> list[Scored]:
         return [run for path in paths for run in _read(str(path), metric)]
     if runs := _own_runs(lambda run: fnmatchcase(run, source), metric):
         return list(runs.values())
-    raise InputError(
-        Problem(source, "no run, folder or file of this name", "give a run's id, a folder, a file, or STUDY:ARM")
-    )
+    raise InputError(Problem(source, "no run, folder or file of this name", NAMES))
 
 
 def _matching(source: str) -> list[Path]:
@@ -85,9 +84,7 @@ def _read_folder(folder: Path, metric: str | None) -> list[Scored]:
     for pattern in ("items.jsonl", "samples_*.jsonl", "*.json", "*.csv"):
         paths = sorted(folder.rglob(pattern))
         if pattern.startswith("samples") and len({path.parent for path in paths}) < len(paths):
-            raise InputError(
-                Problem(str(folder), f"{len(paths)} logs, several in one folder", "name the file to compare")
-            )
+            raise InputError(Problem(str(folder), f"{len(paths)} logs, several in one folder", "name a file"))
         if paths:
             return [run for path in paths for run in _read_file(path, metric)]
     raise InputError(Problem(str(folder), "no scores in it", f"scores are {FORMATS}"))
@@ -233,9 +230,8 @@ def _lm_eval(path: Path, rows: list[dict[str, Any]], metric: str | None) -> Scor
     wanted = f"{metric},none" if f"{metric},none" in names else metric
     chosen = _chosen(wanted, list(names), main_metric(names), str(path))
     name, _, filtered = chosen.rpartition(",")
-    kept = pd.DataFrame(
-        [row for row in rows if str(row.get("filter", "none")) == filtered and {name, "doc_id"} <= {*row}]
-    )
+    found = [row for row in rows if str(row.get("filter", "none")) == filtered and {name, "doc_id"} <= {*row}]
+    kept = pd.DataFrame(found)
     if kept.empty:
         raise InputError(Problem(str(path), f"no row has the score `{name}` that it lists", "give another --metric"))
     values = _numbers(kept[name], f"{path}: {name}")
@@ -301,9 +297,7 @@ def _csv(path: Path, metric: str | None) -> list[Scored]:
     if table.empty:
         raise InputError(Problem(where, "has no rows"))
     if not keys and len(table) > 1:
-        raise InputError(
-            Problem(where, "does not say what a row is", "add a column `seed`, `item`, or `name` for the system")
-        )
+        raise InputError(Problem(where, "does not say what a row is", "add a column `seed`, `item`, or `name`"))
     for key in keys:
         if (empty := table[key].isna() | (table[key] == "")).any():
             raise InputError(Problem(f"{where}: {key}", f"empty in row {empty.idxmax()}", "fill it in every row"))
@@ -367,9 +361,8 @@ def _unit(values: pd.Series, metric: str) -> str:
 
 
 def _items(index: pd.Series, values: pd.Series, weights: Any, content: pd.Series, where: str) -> pd.DataFrame:
-    items = pd.DataFrame({"value": values, "weight": weights, "content": content}).set_axis(
-        [str(item) for item in index]
-    )
+    items = pd.DataFrame({"value": values, "weight": weights, "content": content})
+    items = items.set_axis([str(item) for item in index])
     if not items.index.is_unique:
         twice = items.index[items.index.duplicated()][0]
         raise InputError(Problem(where, f"item {twice} appears twice", "give the scores of one run"))

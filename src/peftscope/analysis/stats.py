@@ -47,8 +47,6 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     if sample.size == 0:
         return None
     mean = float(sample.mean())
-    if sample.size == 1:
-        return Interval(mean, None, None, 1)
     if np.ptp(sample) == 0:
         return Interval(mean, None, None, int(sample.size))
     # This computes the quantile directly: scipy's distributions spend ten times as long on checking arguments.
@@ -89,9 +87,7 @@ def jackknife(estimate: Callable[[Sequence[int]], float], n: int) -> list[float]
     return [whole + (n - 1) * (centre - one) for one in without]
 
 
-def bootstrap_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
     """Returns the bounds of the expanded percentile bootstrap of a mean.
 
     The plain percentile interval is too narrow for few values. The expanded one uses wider percentiles, so that for
@@ -102,14 +98,14 @@ def bootstrap_interval(
 
     sample = np.asarray(values, dtype=float)
     n = sample.size
-    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1))
-    draws = np.random.default_rng(seed).choice(sample, size=(resamples, n)).mean(axis=1)
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    draws = np.random.default_rng(0).choice(sample, size=(resamples, n)).mean(axis=1)
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Returns the two order statistics between which the median lies with at least this confidence.
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the two order statistics between which the median lies with at least 95 % confidence.
 
     Fewer than six values have no such pair at 95 %, and their range is returned. No shape of the values is assumed.
 
@@ -119,19 +115,19 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     from scipy import stats
 
     ordered = sorted(values)
-    beyond = max(0, int(stats.binom.ppf((1 - confidence) / 2, len(ordered), 0.5)) - 1)
+    beyond = max(0, int(stats.binom.ppf((1 - CONFIDENCE) / 2, len(ordered), 0.5)) - 1)
     return ordered[beyond], ordered[-1 - beyond]
 
 
-def share_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Returns the bounds of a share. Source: Wilson 1927.
+def share_interval(successes: int, n: int) -> tuple[float, float]:
+    """Returns the bounds of a share's 95 % interval. Source: Wilson 1927.
 
     >>> [round(bound, 3) for bound in share_interval(8, 12)]
     [0.391, 0.862]
     """
     from scipy import stats
 
-    found = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    found = stats.binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)
 
 
@@ -173,6 +169,22 @@ def sign_flip_p(differences: Sequence[float]) -> float:
         sample, np.sum, permutation_type="samples", n_resamples=2**16, batch=1024, random_state=0
     )
     return float(found.pvalue)
+
+
+def where_reached(curve: Sequence[float], at: Sequence[float], wanted: float) -> float:
+    """Returns where a curve first falls to a value, between two of its points interpolated; not a number if never.
+
+    >>> where_reached([4.0, 2.0, 1.0], [0.0, 0.2, 0.6], 1.5), where_reached([4.0, 2.0], [0.0, 0.2], 1.5)
+    (0.4, nan)
+    """
+    import numpy as np
+
+    values, places = np.asarray(curve, dtype=float), np.asarray(at, dtype=float)
+    below = np.flatnonzero(values <= wanted)
+    if not len(below):
+        return math.nan
+    last = max(1, int(below[0]))
+    return float(np.interp(-wanted, -values[last - 1 : last + 1], places[last - 1 : last + 1]))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

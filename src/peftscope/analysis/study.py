@@ -15,12 +15,12 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from peftscope.analysis.collect import read_runs
+from peftscope.analysis.collect import failures, read_runs
 from peftscope.analysis.compare import Difference, compare, pair_values
 from peftscope.analysis.stats import holm, trimmed_mean
 from peftscope.analysis.tuning import Rate, mean_or_none
 from peftscope.errors import InputError, Problem
-from peftscope.layout import folder_with, how_to_run, run_folder
+from peftscope.layout import folder_with, how_to_run
 from peftscope.planning.cells import ARM, CONTROL, RATES, TUNING
 from peftscope.planning.experiment import (
     A_A,
@@ -32,7 +32,6 @@ from peftscope.planning.experiment import (
     read_experiment,
 )
 from peftscope.planning.published import LOSSES, VALIDATION, loss_rows, published_records
-from peftscope.record import TRY_AGAIN
 
 HELDOUT = "heldout_nll_nats_per_token"
 ACCURACY, GREEDY = "exact_match_fraction", "greedy_match_fraction"
@@ -198,10 +197,8 @@ class StudyResults:
     @property
     def arms_at_an_end(self) -> list[str]:
         """The arms whose best of several rates is the lowest or the highest, so that a better one may lie beyond."""
-        rates = {arm: self.rate(arm) for arm in self.arms}
-        return [
-            arm for arm, rate in rates.items() if rate.is_tuned and rate.best in (min(rate.losses), max(rate.losses))
-        ]
+        tuned = {arm: rate for arm in self.arms if (rate := self.rate(arm)).is_tuned}
+        return [arm for arm, rate in tuned.items() if rate.best in (min(rate.losses), max(rate.losses))]
 
     def rate_runs(self, arm: str) -> pd.DataFrame:
         """Returns the runs of an arm at all its rates, one row for each rate and seed.
@@ -263,10 +260,7 @@ class StudyResults:
         runs = self._members(comparison)
         ended, is_bad = runs["status"].isin(["ok", "diverged"]), runs["status"].isin(["failed", "oom"])
         if is_bad.any():
-            raise InputError(
-                Problem(str(run_folder(str(run["run_id"]))), f"{run['status']}: {run['reason']}", TRY_AGAIN)
-                for run in runs[is_bad].to_dict("records")
-            )
+            raise failures(runs[is_bad])
         if not ended.all() or runs.empty:
             done = f"{ended.sum()} of {len(runs)} runs done" if len(runs) else "its last runs have not begun"
             raise self._unfinished(f"not finished ({done})")
@@ -338,9 +332,8 @@ class StudyResults:
                     return float(shuffled[LOWEST].mean() - own[VALIDATION].mean())
                 return float(shuffled[HELDOUT].mean() - own[HELDOUT].mean())
         message = "it has no control on shuffled labels, so that its task gain is not known"
-        raise InputError(
-            Problem(f"the study `{self.name}`", message, "add controls: {ARM: [shuffled-labels]} to its file")
-        )
+        remedy = "add controls: {ARM: [shuffled-labels]} to its file"
+        raise InputError(Problem(f"the study `{self.name}`", message, remedy))
 
     def tuning_error(self, *arms: str) -> float:
         """Returns the standard error that the choice of the learning rates of some arms adds, in nats per token."""

@@ -48,7 +48,11 @@ def _rows_of(check: str) -> tuple[str, str]:
 
 
 class Part(BaseModel):
-    """One quantity of a claim: how it is measured and when the claim holds, or why it is not measured."""
+    """One quantity of a claim: how it is measured and when the claim holds, or why it is not measured.
+
+    An answer may hold the value as ``{found}``, without its sign as ``{size}``, or as ``{lead}``, with “ahead of” or
+    “behind” in place of the sign.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,13 +64,7 @@ class Part(BaseModel):
     with_: Annotated[dict[str, Any], Field(alias="its.parameters", description="the function's parameters")] = {}
     rule: Rule | None = None
     unit: str = ""
-    answers: Annotated[
-        dict[Verdict, str],
-        Field(
-            description="what the value answers in the claim's terms, by verdict or for all: as {found}, without its "
-            "sign as {size}, or as {lead}, with “ahead of” or “behind” in place of the sign"
-        ),
-    ] = {}
+    answers: Annotated[dict[Verdict, str], Field(description="what the value answers, by verdict or for all")] = {}
     scope: Annotated[str, Field(description="where the verdict holds, if narrower than the claim's scope")] = ""
     general: Annotated[bool, Field(description="of a training: false for a toy model, or one that is named")] = True
     waits_for: Annotated[str, Field(description="what has to be run first")] = ""
@@ -130,9 +128,7 @@ class Change(BaseModel):
     claim: str
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
     was: Annotated[str, Field(min_length=1, description="what decided, and its verdict if one was published")]
-    verdict: Annotated[Verdict | None, Field(description="the verdict that was published before, if there was one")] = (
-        None
-    )
+    verdict: Annotated[Verdict | None, Field(description="the verdict that was published before, if any")] = None
     became: Annotated[str, Field(min_length=1)]
     why: Annotated[str, Field(min_length=1)]
 
@@ -151,12 +147,8 @@ class Claim(BaseModel):
     scope: Annotated[str, Field(min_length=1, description="model, task and setting that the verdict holds for")]
     note: Annotated[str, Field(description="what was tested where the source contradicts itself; what we found")] = ""
     correction: Annotated[str, Field(description="what to remember instead, if the claim turns out wrong")] = ""
-    decider: Annotated[
-        str, Field(description="what would decide it while it is open, if not further rates or pairs; with its price")
-    ] = ""
-    advice: Annotated[
-        dict[Verdict, str], Field(description="by verdict, what it means for someone who trains a model")
-    ] = {}
+    decider: Annotated[str, Field(description="what would decide it if not more rates or pairs, and its price")] = ""
+    advice: Annotated[dict[Verdict, str], Field(description="by verdict, what it means for people who train")] = {}
     parts: Annotated[tuple[Part, ...], Field(min_length=1, description="all assertions and conditions decide")]
 
     @model_validator(mode="before")
@@ -312,9 +304,8 @@ def _problems_of_check(part: Part, where: str) -> list[Problem]:
         parameters.model_validate(part.with_)
     except ValidationError as error:
         return problems_of(error, lambda location: f"{where}.{dotted(location)}", set(parameters.model_fields))
-    if "experiment" in part.with_:
-        return _problems_of_name(part.with_["experiment"], f"{where}.experiment")
-    return _problems_of_study(part, where) if "study" in part.with_ else []
+    named = next((name for name in ("experiment", "study") if name in part.with_), None)
+    return _problems_of_experiment(part, named, where) if named else []
 
 
 def elsewhere(claim: Claim) -> Iterator[list[Part]]:
@@ -364,21 +355,14 @@ def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _problems_of_name(experiment: Any, where: str) -> list[Problem]:
-    """Returns a problem if there is no such experiment."""
+def _problems_of_experiment(part: Part, key: str, where: str) -> list[Problem]:
+    """Returns a problem if the experiment or study does not exist, and one for every arm that a study does not have."""
     try:
-        experiment_path(str(experiment))
+        study = read_experiment(experiment_path(str(part.with_[key]))).study
     except InputError as error:
-        return [Problem(where, str(problem)) for problem in error.problems]
-    return []
-
-
-def _problems_of_study(part: Part, where: str) -> list[Problem]:
-    """Returns a problem if the study does not exist, and one for every arm that it does not have."""
-    try:
-        study = read_experiment(experiment_path(str(part.with_["study"]))).study
-    except InputError as error:
-        return [Problem(f"{where}.study", str(problem)) for problem in error.problems]
+        return [Problem(f"{where}.{key}", str(problem)) for problem in error.problems]
+    if key == "experiment":
+        return []
     if study is None:
         return [Problem(f"{where}.study", f"{part.with_['study']} is an experiment without a study")]
     named = [arm for key in NAME_ARMS for arm in _items(part.with_.get(key, ()))]

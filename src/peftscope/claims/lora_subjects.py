@@ -35,9 +35,8 @@ def regression(seed: int, examples: int, width: int) -> tuple[torch.Tensor, torc
 def lora_model(base: Any, rank: int = 8, alpha: float = 16, seed: int = 1, **options: Any) -> Any:
     """Returns a model with PEFT's LoRA on every linear layer of its blocks. ``options`` go to ``LoraConfig``."""
     torch.manual_seed(seed)
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=list(BLOCK_LINEAR), bias="none", **options
-    )
+    targets = list(BLOCK_LINEAR)
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=targets, **options)
     return get_peft_model(base, config)
 
 
@@ -87,14 +86,9 @@ def four_bit(model: Any) -> Any:
 
 def nf4_layer(weight: torch.Tensor, *, compute_dtype: torch.dtype, double_quant: bool = True) -> Any:
     """Returns a linear layer with these weights in NF4, in the layout from which gradients are computed."""
-    layer = Linear4bit(
-        weight.shape[1],
-        weight.shape[0],
-        bias=False,
-        compute_dtype=compute_dtype,
-        quant_type="nf4",
-        device="meta",  # draws no random numbers for weights that are replaced
-    )
+    outputs, inputs = weight.shape
+    # On meta it draws no random numbers for weights that are replaced.
+    layer = Linear4bit(inputs, outputs, bias=False, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
     options = {"compress_statistics": double_quant, "quant_type": "nf4", "module": layer}
     layer.weight = Params4bit(weight, requires_grad=False, **options).to("cpu")
     disable_weight_repacking(layer)

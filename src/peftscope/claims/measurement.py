@@ -93,9 +93,8 @@ def over_seeds(
     sample = tuple(map(float, values))
     if not sample:
         raise NotRunError(f"the study `{results.name}` has no such runs")
-    found = Measurement(
-        sample[0], samples=sample, evidence=evidence, model=results.subject, run_ids=tuple(dict.fromkeys(runs))
-    )
+    ids = tuple(dict.fromkeys(runs))
+    found = Measurement(sample[0], samples=sample, evidence=evidence, model=results.subject, run_ids=ids)
     if len(sample) == 1:
         return found
     difference = compare(sample, math.inf, tuning_error)

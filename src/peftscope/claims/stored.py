@@ -44,9 +44,7 @@ def published_findings(ids: Iterable[str]) -> list[dict[str, Any]]:
     """
     path, wanted = published(CLAIMS_RESULTS.name), set(ids)
     if not (found := [finding for finding in read_findings(path) if finding["id"] in wanted]):
-        raise InputError(
-            Problem(str(path), f"nothing on {', '.join(sorted(wanted))}", "measure it: leave --published out")
-        )
+        raise InputError(Problem(str(path), f"nothing on {', '.join(sorted(wanted))}", "leave --published out"))
     return found
 
 

@@ -113,11 +113,8 @@ def english() -> str:
         raise NotRunError("the installed reasoning-gym has another text; install the version of requirements.lock")
     # Project Gutenberg's own words stand before and after the story.
     story = content.decode().replace("\r", "").partition("IN THE YEAR 2889.\n")[2].partition("End of Project")[0]
-    return (
-        prose().strip()
-        + "\n\n"
-        + "\n\n".join(" ".join(lines.split()) for lines in story.split("\n\n") if lines.strip())
-    )
+    paragraphs = [" ".join(lines.split()) for lines in story.split("\n\n") if lines.strip()]
+    return "\n\n".join([prose().strip(), *paragraphs])
 
 
 def text_windows(model: str, count: int) -> torch.Tensor:

@@ -67,9 +67,7 @@ class Rule(BaseModel):
     absolute: float = Field(0, ge=0, description="tolerance of equals where no figure is printed, in the claim's unit")
     at_least: float | None = None
     at_most: float | None = None
-    better_by: float | None = Field(
-        None, ge=0, description="a difference in the claim's favour above 0, and at least this"
-    )
+    better_by: float | None = Field(None, ge=0, description="a favourable difference above 0, and at least this")
     same_within: float | None = Field(None, gt=0, description="a difference between minus and plus this")
 
     @model_validator(mode="after")
@@ -132,9 +130,7 @@ class Rule(BaseModel):
             return f"at least {spoken_quantity(low, unit)}" if self.better_by else f"above {spoken_quantity(0, unit)}"
         if self.at_most is None:
             return f"at least {spoken_quantity(low, unit)}"
-        return (
-            spoken_quantity(low, unit, high) if self.at_least is not None else f"at most {spoken_quantity(high, unit)}"
-        )
+        return f"at most {spoken_quantity(high, unit)}" if self.at_least is None else spoken_quantity(low, unit, high)
 
 
 def spoken_outcome(difference: Difference, unit: str = "") -> str:
@@ -175,9 +171,8 @@ def judge(rule: Rule, measurement: Measurement, unit: str = "") -> tuple[Verdict
     if measurement.samples and len(measurement.samples) < 2:
         return Verdict.OPEN, f"n = {measurement.n} gives no interval"
     if rule.same_within is not None and measurement.samples:
-        return _judge_sameness(
-            compare(measurement.samples, rule.same_within, measurement.tuning_error), measurement, unit
-        )
+        difference = compare(measurement.samples, rule.same_within, measurement.tuning_error)
+        return _judge_sameness(difference, measurement, unit)
     least, most = rule.bounds()
     if low is None or high is None:
         low = high = value

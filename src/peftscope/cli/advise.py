@@ -31,22 +31,13 @@ def advise_command(
     examples: Annotated[int | None, typer.Option(help="Training examples; default: those of --data.")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="The number of such cards.")] = 1,
     priority: Annotated[str, typer.Option(help="quality, memory, speed or retention.")] = "quality",
-    seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest example in tokens; default: that of the data, or 512.")
-    ] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Longest example, in tokens; default 512.")] = None,
     data: Annotated[Path | None, typer.Option(help="A JSONL file whose examples are measured.")] = None,
     fields: Annotated[str | None, typer.Option(help="Its fields that are text; default text.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A folder with it; default that of the model.")] = None,
-    lengths: Annotated[
-        Path | None, typer.Option(help="Instead of --data: a file with one length on each line.")
-    ] = None,
-    claims: Annotated[
-        Path | None,
-        typer.Option(help="Verdicts of this claims.json; default results/claims.json, or the published ones."),
-    ] = None,
-    as_trainer: Annotated[
-        str | None, typer.Option("--as", help="Also give a file to paste: trl, axolotl or llama-factory.")
-    ] = None,
+    lengths: Annotated[Path | None, typer.Option(help="Instead of --data: a file with one length a line.")] = None,
+    claims: Annotated[Path | None, typer.Option(help="A claims.json; default: ours, or the published one.")] = None,
+    as_trainer: Annotated[str | None, typer.Option("--as", help="Also a file for trl, axolotl, llama-factory.")] = None,
     why: Annotated[bool, typer.Option("--why", help="Every setting with its claims, and what else fits.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")] = False,
 ) -> None:
@@ -85,11 +76,8 @@ def show_advice(advice: Advice, console: Console, *, why: bool) -> None:
     """Prints the advice: what to take, what that takes, and a trainer's file; or every line with its reasons."""
     asked = advice.situation
     cards = f"{asked.gpus} × " if asked.gpus > 1 else ""
-    console.print(
-        f"{asked.model.name} on {cards}{asked.gpu.name}, {asked.examples:,} examples, {asked.priority} first",
-        style="bold",
-        markup=False,
-    )
+    on = f"{asked.model.name} on {cards}{asked.gpu.name}"
+    console.print(f"{on}, {asked.examples:,} examples, {asked.priority} first", style="bold", markup=False)
     if not advice.options:
         console.print("[red]Nothing fits.[/] The nearest that does:")
         for line in advice.nearest:
@@ -123,14 +111,12 @@ def show_reasons(advice: Advice, console: Console) -> None:
     table = Table("", "advice", "why", "rests on", box=None, padding=(0, 1, 1, 0))
     for each in advice.lines:
         name = TITLES.get(each.setting, each.setting)
-        table.add_row(
-            *map(escape, (name, each.text, each.says, each.evidence)), style="bold" if name == "method" else ""
-        )
+        cells = map(escape, (name, each.text, each.says, each.evidence))
+        table.add_row(*cells, style="bold" if name == "method" else "")
     console.print(table)
     console.print("Ways that fit, in order of what they cost in quality, and then of your priority:")
-    others = Table(
-        "", "batch", "length", "recomputed", "peak", "time", "costs in quality", box=None, padding=(0, 1, 1, 0)
-    )
+    columns = ("", "batch", "length", "recomputed", "peak", "time", "costs in quality")
+    others = Table(*columns, box=None, padding=(0, 1, 1, 0))
     for option in advice.options:
         spec = option.question.spec
         others.add_row(

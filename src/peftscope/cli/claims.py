@@ -29,17 +29,11 @@ MEASURED_WITH = ("numpy", "torch", "peft", "scipy")
 @app.command(rich_help_panel=TRUE)
 def claims(
     ids: Annotated[list[str] | None, typer.Option("--id", help="Only this claim, as in S64; may be repeated.")] = None,
-    kind: Annotated[
-        str | None, typer.Option(help="Only claims with a part of this kind, as in numerics; see docs/add-a-claim.md.")
-    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Only claims with a part of this kind, as in numerics.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Write results/claims.json and reports/claims.html.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: what claims.json holds.")] = False,
-    published: Annotated[
-        bool, typer.Option("--published", help="Measure nothing: the verdicts that peftscope was published with.")
-    ] = False,
-    reuse: Annotated[
-        Path | None, typer.Option(help="Judge what this claims.json measured; measure only --id and what it lacks.")
-    ] = None,
+    published: Annotated[bool, typer.Option("--published", help="Measure nothing: the published verdicts.")] = False,
+    reuse: Annotated[Path | None, typer.Option(help="A claims.json; only --id and what it lacks is measured.")] = None,
     add: Annotated[bool, typer.Option("--add", help="Write the skeleton of a claim, and say what it lacks.")] = False,
 ) -> None:
     """Measure what the literature claims, and print each claim's verdict."""
@@ -105,11 +99,10 @@ def claims(
             words = f", tests “{part['quotes']}”" if part["quotes"] else ""
             rule = f"; {part['rule']} counts as right" if part["rule"] else ""
             said = [f"{part['role']}{words}: {part['measures']}: {spoken_finding(part)}, {part['verdict']}{rule}"]
-            said.append(part["reason"])
+            said += [part["reason"]] if part["reason"] else []
             if part["p_adjusted"] is not None:
                 said.append(f"p = {part['p_adjusted']:.3g} after Holm's correction for all comparisons of its study")
-            text = ". ".join(filter(None, said))
-            console.print(text, markup=False)
+            console.print(". ".join(said), markup=False)
             for name, value in part["evidence"].items():
                 console.print(f"  {name}: {value}", markup=False)
     if write:

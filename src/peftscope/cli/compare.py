@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,41 +12,28 @@ from rich.markup import escape
 from rich.table import Table
 
 from peftscope.cli.console import TRUE, wide_console
-from peftscope.errors import InputError, Problem, needs, shown
+from peftscope.errors import InputError, Problem, needs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peftscope.analysis.ranking import Ranking, Trust
     from peftscope.analysis.scored import Scored
-    from peftscope.report.comparison import Margin
 
 app = typer.Typer()
-
-GAIN_REMEDY = "give --base: the run that has learned nothing, best one on shuffled labels; or name arms as STUDY:ARM"
 
 
 @app.command(rich_help_panel=TRUE)
 @needs("report")
 def compare(
-    a: Annotated[
-        str, typer.Argument(help="Run ids, folders or files, joined by commas; STUDY:ARM; or with --all STUDY.")
-    ],
+    a: Annotated[str, typer.Argument(help="Run ids, folders or files, with commas; STUDY:ARM; with --all STUDY.")],
     b: Annotated[str | None, typer.Argument(help="The same, to compare with.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Compare all systems in A with each other.")] = False,
-    margin: Annotated[
-        str | None, typer.Option(help="Of sameness: 2pp (percentage points), 5%gain (of the task gain), or 0.02.")
-    ] = None,
+    margin: Annotated[str | None, typer.Option(help="Of sameness: 2pp, 5%gain (of the task gain), or 0.02.")] = None,
     metric: Annotated[str | None, typer.Option(help="The score, as the files name it; default: the main one.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Runs that learned nothing, for a margin in %gain; written as A is.")
-    ] = None,
-    seed_spread: Annotated[
-        str | None, typer.Option(help="With --all: the standard deviation of single runs between seeds, as 1pp.")
-    ] = None,
-    items: Annotated[
-        int | None, typer.Option(min=2, help="With --all: the items behind a fraction that was read as one number.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="For a margin in %gain: runs that learned nothing, as A.")] = None,
+    seed_spread: Annotated[str | None, typer.Option(help="With --all: the deviation between seeds, as 1pp.")] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="With --all: the items behind each single number.")] = None,
     figure: Annotated[Path | None, typer.Option(help="With --all: draw the ranking into this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")] = False,
 ) -> None:
@@ -71,10 +57,10 @@ def compare(
         if given is not None:
             raise InputError(Problem(name, "goes with --all only", "leave it out"))
     from peftscope.analysis.paired import check_spread, pair
-    from peftscope.report.comparison import comparison_json, describe
+    from peftscope.report.comparison import comparison_json, describe, number_and_unit, read_margin
 
     if margin is not None:
-        _number_and_unit(margin, "--margin")
+        number_and_unit(margin, "--margin")
     if base is not None and not (margin or "").strip().endswith("%gain"):
         raise InputError(Problem("--base", "goes with a margin in %gain only", "leave it out, or give --margin 5%gain"))
     if a == b:
@@ -89,91 +75,19 @@ def compare(
         console.print(line, soft_wrap=True, markup=False)
 
 
-def _number_and_unit(text: str, where: str) -> tuple[float, str]:
-    """Returns the number and the unit of an amount.
-
-    Raises:
-        InputError: The text is no amount, or a bare per cent.
-    """
-    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*(pp|%gain|nats|%|)", text.strip())
-    if not match or not 0 < float(match[1]) < 1e9:
-        raise InputError(Problem(where, f"no amount (got {shown(text)})", "as in 2pp, 5%gain or 0.02"))
-    if match[2] == "%":
-        remedy = f"say {match[1]}pp for percentage points of the score, or {match[1]}%gain for a share of the task gain"
-        raise InputError(Problem(where, f"a bare per cent does not say of what (got {shown(text)})", remedy))
-    return float(match[1]), match[2]
-
-
-def _amount(text: str, where: str, unit: str) -> float:
-    """Returns an amount in the unit of the scores."""
-    from peftscope.analysis.scored import FRACTION, NATS
-
-    number, given = _number_and_unit(text, where)
-    fits = given == "pp" if unit == FRACTION else given == "" or (given == "nats" and unit == NATS)
-    if not fits:
-        remedy = "give percentage points, as in 2pp" if unit == FRACTION else "give a bare number in their own unit"
-        said = f"does not fit these scores, which are {'fractions' if unit == FRACTION else unit or 'of no known unit'}"
-        raise InputError(Problem(where, f"{said} (got {shown(text)})", remedy))
-    return number / 100 if given == "pp" else number
-
-
-def read_margin(text: str | None, sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None) -> Margin:
-    """Returns the margin in the unit of the scores.
-
-    Args:
-        text: As it was given; None for no margin.
-        sides: The runs of A and of B.
-        base: The runs that have learned nothing, against which the gain of B counts.
-
-    Raises:
-        InputError: The text is no margin for these scores, or the task gain is not known.
-    """
-    from peftscope.analysis.scored import unit_of
-    from peftscope.report.comparison import Margin
-
-    if text is None:
-        return Margin()
-    number, given = _number_and_unit(text, "--margin")
-    if given != "%gain":
-        return Margin(_amount(text, "--margin", unit_of(run for side in sides for run in side)), text.strip())
-    return Margin(number / 100 * _task_gain(sides, base), f"{number:g} % of the task gain")
-
-
-def _task_gain(sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None) -> float:
-    from statistics import fmean
-
-    from peftscope.analysis.paired import check_items, check_side
-    from peftscope.analysis.scored import NATS
-    from peftscope.analysis.study import StudyResults
-
-    b = sides[1]
-    if base is not None:
-        check_side(base)
-        check_items(b[0], base[0])
-        gain = abs(fmean(run.score for run in b) - fmean(run.score for run in base))
-        if not gain:
-            raise InputError(Problem("--base", "scores as B does, so that there is no gain", GAIN_REMEDY))
-        return gain
-    studies = {side[0].study[0] if side[0].study else None for side in sides}
-    study = studies.pop() if len(studies) == 1 else None
-    if study is None or b[0].unit != NATS:
-        raise InputError(Problem("--margin", "the task gain of these scores is not known", GAIN_REMEDY))
-    return StudyResults(study).task_gain
-
-
 def _rank(
     runs: Sequence[Scored], seed_spread: str | None, items: int | None, figure: Path | None, console: Console | None
 ) -> None:
     """Ranks systems for each spread of seeds that is asked for; prints JSON if there is no console."""
     from peftscope.analysis.ranking import STATED_SPREADS, rank, trust
     from peftscope.analysis.scored import FRACTION, by_system, unit_of
-    from peftscope.report.comparison import draw_ranking, ranking_json
+    from peftscope.report.comparison import amount, draw_ranking, ranking_json
 
     systems, unit = by_system(runs), unit_of(runs)
     has_single = min(map(len, systems.values())) == 1
     spreads: list[float | None] = [None]
     if seed_spread is not None:
-        spreads = [_amount(seed_spread, "--seed-spread", unit)]
+        spreads = [amount(seed_spread, "--seed-spread", unit)]
     elif has_single and unit == FRACTION:
         spreads = [spread for spread in STATED_SPREADS if spread or items or runs[0].has_items]
     rankings = {spread: rank(systems, spread, items) for spread in spreads}
@@ -182,14 +96,12 @@ def _rank(
         counts = {name: len(of_one) for name, of_one in systems.items()}
         _print_rankings(rankings, chances, counts, unit, console)
         if has_single and seed_spread is None:
-            shown_range = (
-                "the range above is no estimate" if len(spreads) > 1 else "a ranking may be chance for all we know"
-            )
-            said = f"One run of a system does not show how far seeds spread: {shown_range}. --seed-spread gives yours."
+            told = "the range above is no estimate" if len(spreads) > 1 else "a ranking may be chance for all we know"
+            said = f"One run of a system does not show how far seeds spread: {told}. --seed-spread gives yours."
             console.print(said, soft_wrap=True)
     else:
-        told = [ranking_json(ranking, spread, unit, chances[spread]) for spread, ranking in rankings.items()]
-        print(json.dumps(told, ensure_ascii=False))
+        rows = [ranking_json(ranking, spread, unit, chances[spread]) for spread, ranking in rankings.items()]
+        print(json.dumps(rows, ensure_ascii=False))
     if figure:
         draw_ranking(rankings[spreads[-1]], unit, figure)
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from peftscope.cli.console import OWN, wide_console
-from peftscope.cli.rules import experiment_name
+from peftscope.cli.rules import ExperimentName
 from peftscope.errors import needs
 
 app = typer.Typer()
@@ -21,9 +21,7 @@ MOST_SHOWN = 4
 @app.command(rich_help_panel=OWN)
 @needs("report")
 def contribute(
-    experiment: Annotated[
-        str, typer.Argument(help="The experiment that ran on the card.", callback=experiment_name)
-    ] = "gpu-check",
+    experiment: ExperimentName = "gpu-check",
     yes: Annotated[bool, typer.Option("--yes", help="Write the file; without it, it is only shown.")] = False,
 ) -> None:
     """Pack what an experiment measured on your card into one file for a pull request, without names and paths."""
@@ -48,14 +46,11 @@ def contribute(
 
 def _texts(content: Any, field: str = "") -> dict[str, list[str]]:
     """Returns the different texts of JSON content by the path of their field, without the numbers of lists."""
+    if not isinstance(content, dict | list):
+        return {field: [content]} if isinstance(content, str) else {}
     found: dict[str, list[str]] = {}
-    parts = content.items() if isinstance(content, dict) else [("", value) for value in content]
-    for name, value in parts:
-        path = f"{field}.{name}".strip(".")
-        inner = (
-            {path: [value]} if isinstance(value, str) else _texts(value, path) if isinstance(value, dict | list) else {}
-        )
-        for key, texts in inner.items():
+    for name, value in content.items() if isinstance(content, dict) else [("", value) for value in content]:
+        for key, texts in _texts(value, f"{field}.{name}".strip(".")).items():
             found[key] = list(dict.fromkeys([*found.get(key, []), *texts]))
     return found
 

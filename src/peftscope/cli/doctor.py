@@ -81,9 +81,7 @@ def _bitsandbytes() -> Finding:
     try:
         found = version("bitsandbytes")
     except PackageNotFoundError:
-        return Finding(
-            "bitsandbytes", False, "not installed", "pip install 'bitsandbytes>=0.50'; QLoRA and LoftQ need it"
-        )
+        return Finding("bitsandbytes", False, "not installed", "pip install 'bitsandbytes>=0.50', for QLoRA and LoftQ")
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 

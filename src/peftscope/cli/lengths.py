@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
+from peftscope.cli.show import show_headroom, show_lengths
 from peftscope.errors import InputError, Problem, needs
-
-if TYPE_CHECKING:
-    from peftscope.memory.question import Question
+from peftscope.memory.question import Question
+from peftscope.sizing.lengths import answer_lengths, count_tokens, read_lengths
 
 OWN_OPTIONS = ("fields", "tokenizer", "figure")
 """The options that only a question about a data set has."""
@@ -27,12 +27,8 @@ def items_asked(lengths: Path | None, data: Path | None, model: str | None, own:
     if lengths and data:
         raise InputError(Problem("lengths", "--data was given as well", "leave out one of the two"))
     if lengths:
-        from peftscope.sizing.lengths import read_lengths
-
         return read_lengths(lengths)
     if data:
-        from peftscope.sizing.lengths import count_tokens
-
         fields = [field.strip() for field in (own["fields"] or "text").split(",")]
         return count_tokens(data, fields, lambda: _load_tokenizer(own["tokenizer"] or model))
     stray = [name for name in OWN_OPTIONS if own[name]]
@@ -64,8 +60,6 @@ def tell_lengths(
     question: Question, items: list[int], own: Mapping[str, Any], console: Console, *, as_json: bool
 ) -> bool:
     """Prints the answer about a data set, draws its figure, and returns whether the widest batch fits, if on a card."""
-    from peftscope.sizing.lengths import answer_lengths
-
     answer = answer_lengths(question, items)
     if own["figure"]:
         with needs("report"):
@@ -75,8 +69,6 @@ def tell_lengths(
     if as_json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
     else:
-        from peftscope.cli.show import show_headroom, show_lengths
-
         show_lengths(answer, console)
         if question.gpu:
             show_headroom(question.gpu, answer.quantiles[-1], console)

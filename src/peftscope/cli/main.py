@@ -33,15 +33,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Measure what LoRA and its relatives do to memory, speed and quality.",
 )
-app.add_typer(memory.app)
-app.add_typer(why.app)
-app.add_typer(claims.app)
-app.add_typer(compare.app)
-app.add_typer(advise.app)
-app.add_typer(rules.app)
-app.add_typer(verify.app)
-app.add_typer(contribute.app)
-app.add_typer(new_study.app)
+for group in (memory, why, claims, compare, advise, rules, verify, contribute, new_study):
+    app.add_typer(group.app)
 errors = Console(stderr=True, highlight=False)
 
 
@@ -106,24 +99,11 @@ def run(
     spec: Spec,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/runs/RUN_ID.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
-    timed_threads: Annotated[
-        int,
-        typer.Option(
-            help="CPU threads while it trains, and runs on this machine that have this option wait; 0: none do."
-        ),
-    ] = 0,
-    checkpoint_seconds: Annotated[
-        float, typer.Option(min=0, help="Between two checkpoints; a stopped run goes on from the last one.")
-    ] = 300,
-    attempts_left: Annotated[
-        int, typer.Option(help="How often the caller tries again, each time with more host memory.")
-    ] = 0,
-    keep_weights: Annotated[
-        str, typer.Option(help="Which trained weights stay: all, adapters (not a fully fine-tuned model), or none.")
-    ] = "adapters",
-    keep_at: Annotated[
-        str, typer.Option(help="Shares of the training after which the trained weights are written, as in 0.5,1.")
-    ] = "",
+    timed_threads: Annotated[int, typer.Option(help="The same in training, while others with this option wait.")] = 0,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Between two checkpoints, to go on from.")] = 300,
+    attempts_left: Annotated[int, typer.Option(help="How often the caller tries again, with more memory.")] = 0,
+    keep_weights: Annotated[str, typer.Option(help="Trained weights that stay: all, adapters, or none.")] = "adapters",
+    keep_at: Annotated[str, typer.Option(help="Shares of the training after which to keep them, as in 0.5,1.")] = "",
     shared: Annotated[bool, typer.Option(help="Other runs share the machine: speed is not measured.")] = False,
 ) -> None:
     """Train and measure one run; writes its record whatever happens."""
@@ -136,9 +116,8 @@ def run(
 
     values, path = _read_spec(spec)
     resolved = spec_from(values, path, detect_device())
-    identity = run_id(resolved)
     check_run(resolved, str(path), fetched=True)
-    folder = output or run_folder(identity)
+    folder = output or run_folder(run_id(resolved))
     kept = next((choice for choice in get_args(KeepWeights) if choice == keep_weights), None)
     if kept is None:
         raise InputError(Problem("--keep-weights", f"unknown (got {keep_weights!r})", "use all, adapters or none"))
@@ -185,9 +164,7 @@ def expand_experiment(
 @needs("train")
 def sweep(
     experiment: rules.ExperimentName,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on. Default: at the end.")
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.")] = None,
 ) -> None:
     """Run what is left of an experiment, one run after the other: no Snakemake, and lm-eval only for runs that ask."""
     from peftscope.analysis.tuning import choose_next
@@ -301,9 +278,7 @@ def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.
 
 @app.command("make-benchmark", rich_help_panel=EXPERIMENT)
 @needs("train")
-def make_benchmark_command(
-    name: Annotated[str, typer.Argument(help="Of lm-eval: gsm8k, hellaswag, ...")],
-) -> None:
+def make_benchmark_command(name: Annotated[str, typer.Argument(help="Of lm-eval: gsm8k, hellaswag, ...")]) -> None:
     """Fetch the rows of one of lm-eval's own benchmarks."""
     from peftscope.data.benchmarks import make_benchmark
 

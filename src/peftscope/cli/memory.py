@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 from pydantic import BaseModel
 from rich.console import Console
-from typer.core import TyperCommand
 
 from peftscope.cli.console import FITS, wide_console, with_progress
 from peftscope.errors import InputError, Problem, how_to_install, needs
@@ -42,24 +41,32 @@ app = typer.Typer()
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-MemoryModel = Annotated[
-    str | None, typer.Argument(help="A preset (llama-2-7b, qwen2.5-0.5b, ...), a config.json, or a hub id.")
-]
+MemoryModel = Annotated[str | None, typer.Argument(help="A preset (llama-2-7b, ...), a config.json, or a hub id.")]
+MethodName = Annotated[str | None, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...; default lora.")]
 Gpus = Annotated[int, typer.Option(help="Shard weights, gradients and states over so many cards.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")]
 
 TIME_PANEL = "Time and price"
 """The heading of the options about time."""
-Examples = Annotated[int | None, typer.Option(help="Sequences in an epoch: its time.", rich_help_panel=TIME_PANEL)]
-Epochs = Annotated[float | None, typer.Option(help="Of the training; default 1.", rich_help_panel=TIME_PANEL)]
-Price = Annotated[float | None, typer.Option(help="Of one card: what it costs.", rich_help_panel=TIME_PANEL)]
-Tflops = Annotated[float | None, typer.Option(help="Of the card: dense, in bf16.", rich_help_panel=TIME_PANEL)]
-Bandwidth = Annotated[float | None, typer.Option(help="Of its memory, in GB/s.", rich_help_panel=TIME_PANEL)]
+TIME: dict[str, Any] = {
+    "examples": Annotated[int | None, typer.Option(help="In an epoch: its time.", rich_help_panel=TIME_PANEL)],
+    "epochs": Annotated[float | None, typer.Option(help="Of the training; default 1.", rich_help_panel=TIME_PANEL)],
+    "price_per_hour": Annotated[float | None, typer.Option(help="Of one card: the cost.", rich_help_panel=TIME_PANEL)],
+    "tflops": Annotated[float | None, typer.Option(help="Of the card: dense, in bf16.", rich_help_panel=TIME_PANEL)],
+    "bandwidth": Annotated[float | None, typer.Option(help="Of its memory, in GB/s.", rich_help_panel=TIME_PANEL)],
+}
+"""The options about time."""
+
+DATA_PANEL = "Batches of a data set"
+"""The heading of the options that a question about a data set has."""
+Lengths = Annotated[Path | None, typer.Option(help="A file with an item's tokens a line.", rich_help_panel=DATA_PANEL)]
+Data = Annotated[Path | None, typer.Option(help="A JSONL file, to count tokens in.", rich_help_panel=DATA_PANEL)]
+Fields = Annotated[str | None, typer.Option(help="Its texts, as in prompt,response.", rich_help_panel=DATA_PANEL)]
+Tokenizer = Annotated[str | None, typer.Option(help="Its folder; default the model's.", rich_help_panel=DATA_PANEL)]
+Figure = Annotated[Path | None, typer.Option(help="Draw items over their peaks.", rich_help_panel=DATA_PANEL)]
 
 PANEL = "Fields of the run and its method"
 """The heading of their options in the help."""
-DATA_PANEL = "Batches of a data set"
-"""The heading of the options that a question about a data set has."""
 FLAGS = {"packing": "--packed/--padded", "as_trainer": "--as"}
 """Names of options that differ from their field's."""
 SAID_DEFAULTS = DEFAULTS | {
@@ -90,28 +97,13 @@ def run_options(*names: str) -> Callable[[Command], Command]:
     def add(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-        options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name))
-            for name in names
-        ]
+        kinds = {name: TIME[name] if name in TIME else _option(name) for name in names}
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in kinds.items()]
         command.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
         return command
 
     return add
-
-
-class RunCommand(TyperCommand):
-    """A command with options of a run. ``--kbit-preparation`` without a value means PEFT's."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Reads the words of a command line."""
-        flag, choices, other = "--kbit-preparation", ("none", "peft", "trl"), {"true": "peft", "false": "none"}
-        spelled: list[str] = []
-        for before, word, following in zip(["", *args], args, [*args, ""][1:], strict=False):
-            word = other.get(word, word) if before == flag else word
-            spelled += [flag, "none"] if word == f"--no-{flag[2:]}" else [word]
-            spelled += ["peft"] if word == flag and following not in (*choices, *other) else []
-        return super().parse_args(ctx, spelled)
 
 
 @cache  # four commands have it
@@ -128,21 +120,18 @@ def _option(name: str) -> Any:
     default = next(iter(defaults))
     if len(defaults) == 1 and default is not None:  # else it differs from method to method, or there is none
         said.append(f"default {('off', 'on')[default] if isinstance(default, bool) else default}")
-    flag = f"--{name.replace('_', '-')}"
-    names = FLAGS.get(name, f"{flag}/--no-{flag[2:]}" if annotation is bool else "")
+    flag = name.replace("_", "-")
+    names = FLAGS.get(name, f"--{flag}/--no-{flag}" if annotation is bool else "")
     return Annotated[
         (annotation if annotation in (bool, int, float) else str) | None,
         typer.Option(
-            *([names] if names else []),
-            help="; ".join(said),
-            callback=READERS.get(name),
-            rich_help_panel=PANEL,
+            *([names] if names else []), help="; ".join(said), callback=READERS.get(name), rich_help_panel=PANEL
         ),
     ]
 
 
-@app.command("memory", cls=RunCommand, rich_help_panel=FITS)
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+@app.command("memory", rich_help_panel=FITS)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS, *TIME)
 @needs("simulate")
 def memory_command(
     model: MemoryModel = None,
@@ -153,49 +142,19 @@ def memory_command(
             "Other options replace what it says. With --gpu, the exit code is 1 if it does not fit."
         ),
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...; default lora.")
-    ] = None,
-    response_len: Annotated[
-        int | None,
-        typer.Option(help="Positions with a loss: for response_only, or of a --job's answers. Half of --seq-len."),
-    ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="The card: whether it fits, and the CUDA context. rtx4090, a100, ..., or 24GiB.")
-    ] = None,
-    gpus: Annotated[
-        int | None, typer.Option(help="Shard weights, gradients and states over so many cards; default 1.")
-    ] = None,
+    method: MethodName = None,
+    response_len: Annotated[int | None, typer.Option(help="Positions with a loss; default half of --seq-len.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The card: whether it fits. rtx4090, a100, ..., or 24GiB.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Shard weights, gradients and states over so many cards.")] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Run the step itself on tensors without data.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Every term with its formula and source.")] = False,
     depth: Annotated[int, typer.Option(help="Levels of the tree of modules.")] = 0,
     as_json: AsJson = False,
-    lengths: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file with the tokens of an item on each line: the peaks of batches as wide as these are long.",
-            rich_help_panel=DATA_PANEL,
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="The same for a JSONL file, counted with a local tokenizer.", rich_help_panel=DATA_PANEL),
-    ] = None,
-    fields: Annotated[
-        str | None,
-        typer.Option(help="Its fields that are text, as in prompt,response; default text.", rich_help_panel=DATA_PANEL),
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A folder with it; default that of the model.", rich_help_panel=DATA_PANEL)
-    ] = None,
-    figure: Annotated[
-        Path | None, typer.Option(help="Draw the shares of items over their peaks.", rich_help_panel=DATA_PANEL)
-    ] = None,
-    examples: Examples = None,
-    epochs: Epochs = None,
-    price_per_hour: Price = None,
-    tflops: Tflops = None,
-    bandwidth: Bandwidth = None,
+    lengths: Lengths = None,
+    data: Data = None,
+    fields: Fields = None,
+    tokenizer: Tokenizer = None,
+    figure: Figure = None,
     **options: Any,
 ) -> None:
     """Say what a training run takes on a card, without one: allocated, reserved and device memory.
@@ -205,11 +164,12 @@ def memory_command(
     widest does not fit.
     """
     from peftscope.cli.lengths import items_asked, tell_lengths
+    from peftscope.cli.show import show_answer, show_headroom, show_reading, show_remedies, show_time
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_of
     from peftscope.sizing.duration import Schedule, duration, time_json
 
-    schedule = Schedule(examples, epochs, price_per_hour, tflops, bandwidth)
+    schedule = Schedule(**{name: options.pop(name) for name in TIME})
     card, given = None if gpu is None else find_gpu(gpu), {"method": method, **options}
     own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer, "figure": figure}
     items = items_asked(lengths, data, model, own)
@@ -223,19 +183,14 @@ def memory_command(
         reading = read_config(config, given, model)
         question = question_of(reading, responses=response_len, gpu=card, gpus=gpus)
     elif model:
-        shards = 1 if gpus is None else gpus
-        question = ask(describe_model(model), given, responses=response_len, gpu=card, gpus=shards)
+        question = ask(describe_model(model), given, responses=response_len, gpu=card, gpus=1 if gpus is None else gpus)
     else:
-        raise InputError(
-            Problem("model", "none given", "peftscope memory llama-2-7b, or peftscope memory --config FILE")
-        )
+        raise InputError(Problem("model", "none given", "peftscope memory llama-2-7b, or --config FILE"))
     if items:
         alone: dict[str, Any] = {"simulate": simulate, "explain": explain, "depth": depth}
         for name in (name for name, value in (alone | asdict(schedule)).items() if value):
             raise InputError(Problem(name, "is about one batch, not about a data set", "leave it out, or the data set"))
         if reading and not as_json:
-            from peftscope.cli.show import show_reading
-
             show_reading(reading, wide_console())
         raise typer.Exit(0 if tell_lengths(question, items, own, wide_console(), as_json=as_json) else 1)
     peaks = peaks_of_question(question, simulate=simulate)
@@ -261,8 +216,6 @@ def memory_command(
             more["remedies"] = [remedy.to_json() for remedy in remedies]
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
     else:
-        from peftscope.cli.show import show_answer, show_headroom, show_reading, show_remedies, show_time
-
         console = wide_console()
         if reading:
             show_reading(reading, console)
@@ -297,26 +250,16 @@ def models(as_json: AsJson = False) -> None:
     show_models(wide_console())
 
 
-@app.command(cls=RunCommand, rich_help_panel=FITS)
-@run_options(*METHOD_OPTIONS, *(name for name in (*SPEC_OPTIONS, *BESIDE_OPTIONS) if name not in NOT_OF_FIT))
+@app.command(rich_help_panel=FITS)
+@run_options(*METHOD_OPTIONS, *(name for name in (*SPEC_OPTIONS, *BESIDE_OPTIONS, *TIME) if name not in NOT_OF_FIT))
 @needs("simulate")
 def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
     gpu: Annotated[str, typer.Option(help="rtx4090, a100, ..., or its memory, as in 24GiB.")] = ...,  # type: ignore[assignment]
     models: Annotated[str | None, typer.Option(help="Several models, separated by commas.")] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            "--methods", "--method", help="These methods, separated by commas; default all with a closed form."
-        ),
-    ] = None,
+    methods: Annotated[str | None, typer.Option("--methods", "--method", help="Names, by commas; default all.")] = None,
     gpus: Gpus = 1,
     as_json: AsJson = False,
-    examples: Examples = None,
-    epochs: Epochs = None,
-    price_per_hour: Price = None,
-    tflops: Tflops = None,
-    bandwidth: Bandwidth = None,
     **options: Any,
 ) -> None:
     """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
@@ -329,7 +272,7 @@ def fit(
         raise InputError(Problem("model", "none given", "peftscope fit --gpu 24GiB llama-2-7b"))
     card, chosen = find_gpu(gpu), known_methods(methods)
     found = [describe_model(name) for name in names]
-    schedule = Schedule(examples, epochs, price_per_hour, tflops, bandwidth)
+    schedule = Schedule(**{name: options.pop(name) for name in TIME})
     asked = fit_methods(found, chosen, options, card, gpus, schedule)
     fits = list(with_progress(asked, len(found) * len(chosen), "fitting"))
     if as_json:
@@ -343,17 +286,12 @@ def fit(
         console.print(f"simulated when asked for by --methods, because they have no closed form: {', '.join(others)}")
 
 
-@app.command(cls=RunCommand, rich_help_panel=FITS)
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+@app.command(rich_help_panel=FITS)
+@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS, "examples", "epochs")
 def cheapest(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, or a hub id.")],
-    method: Annotated[str | None, typer.Option(help="full, lora, qlora, dora, ...; default lora.")] = None,
-    prices: Annotated[
-        str | None,
-        typer.Option(help="Of an hour of each card, as in rtx4090=0.4,a100=1.5.", rich_help_panel=TIME_PANEL),
-    ] = None,
-    examples: Examples = None,
-    epochs: Epochs = None,
+    method: MethodName = None,
+    prices: Annotated[str | None, typer.Option(help="As in rtx4090=0.4.", rich_help_panel=TIME_PANEL)] = None,
     gpus: Gpus = 1,
     figure: Annotated[Path | None, typer.Option(help="Draw the cost over the time.")] = None,
     as_json: AsJson = False,
@@ -363,7 +301,7 @@ def cheapest(
     from peftscope.sizing.cheapest import on_cards, read_prices
     from peftscope.sizing.duration import Schedule
 
-    priced, schedule = read_prices(prices), Schedule(examples, epochs)
+    priced, schedule = read_prices(prices), Schedule(options.pop("examples"), options.pop("epochs"))
     if figure and not priced:
         raise InputError(Problem("figure", "shows costs, and no prices are given", "give --prices"))
     found = on_cards(ask(describe_model(model), {"method": method, **options}, gpus=gpus), schedule, priced)

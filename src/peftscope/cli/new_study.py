@@ -27,16 +27,9 @@ GRID = (0.1, 0.3, 1, 3, 10)
 @needs("train")
 def new_study(
     file: Annotated[Path, typer.Argument(help="A Python file with one method; its name becomes the method's.")],
-    against: Annotated[
-        str,
-        typer.Option(help="Methods to compare with, separated by commas; the reference is lora, or else the first."),
-    ] = REFERENCE,
-    world: Annotated[
-        str, typer.Option(help="A: SmolLM2-135M on sums; B: on pronunciation; C: Gemma-3-270M on pronunciation.")
-    ] = "A",
-    model: Annotated[
-        str | None, typer.Option(help="A name in models.yaml; default: the world's. With toy it takes minutes.")
-    ] = None,
+    against: Annotated[str, typer.Option(help="Methods, by commas; the reference is lora or the first.")] = REFERENCE,
+    world: Annotated[str, typer.Option(help="A: SmolLM2-135M on sums, B: on pronunciation; C: Gemma there.")] = "A",
+    model: Annotated[str | None, typer.Option(help="Of models.yaml; default: the world's. toy takes minutes.")] = None,
     task: Annotated[str | None, typer.Option(help="A name in tasks.yaml; default: the world's.")] = None,
     steps: Annotated[int | None, typer.Option(min=4, help="Steps of a run; default: the world's, 160.")] = None,
     seeds: Annotated[int | None, typer.Option(min=2, help="Pairs of runs; default: the world's, 8 in A.")] = None,
@@ -112,9 +105,7 @@ def study_text(file: Path, others: list[str], world: str = "A", seeds: int | Non
     from peftscope.planning.experiment import WORLDS
 
     if not file.is_file():
-        raise InputError(
-            Problem(str(file), "no such file", "name a Python file with one method; see docs/your-method.md")
-        )
+        raise InputError(Problem(str(file), "no such file", "name one with a method; see docs/your-method.md"))
     method, wrong = load_file(file)
     own = name_of(file)
     if method is None:

@@ -24,9 +24,7 @@ def experiment_name(text: str) -> str:
     return path.stem if path.suffix == ".yaml" and is_here else text
 
 
-ExperimentName = Annotated[
-    str, typer.Argument(help="The name or path of a file in experiments/.", callback=experiment_name)
-]
+ExperimentName = Annotated[str, typer.Argument(help="A file in experiments/.", callback=experiment_name)]
 
 
 @app.command(hidden=True)
@@ -76,16 +74,12 @@ def page(experiment: ExperimentName) -> None:
 @needs("report")
 def check(experiment: ExperimentName) -> None:
     """Fail if a run failed: the last rule, after the report."""
-    from peftscope.analysis.collect import read_runs
-    from peftscope.record import TRY_AGAIN
+    from peftscope.analysis.collect import failures, read_runs
 
     runs = read_runs(experiment)
     failed = runs[runs["status"].isin(["failed", "interrupted", "missing"])]
     if len(failed):
-        raise InputError(
-            Problem(str(run_folder(row.run_id)), f"{row.status}: {row.reason}", TRY_AGAIN)
-            for row in failed.itertuples()
-        )
+        raise failures(failed)
 
 
 @app.command("publish", hidden=True)
@@ -127,9 +121,7 @@ def table_command(
     study: ExperimentName,
     latex: Annotated[bool, typer.Option("--latex", help="For a paper; needs the package booktabs.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="For a page; the default.")] = False,
-    csv: Annotated[
-        bool, typer.Option("--csv", help="For a program: numbers with all digits, without a caption.")
-    ] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="For a program: all digits, no caption.")] = False,
 ) -> None:
     """Print a study's comparisons as a table, with intervals and a sentence for the caption."""
     from peftscope.report.export import exported

@@ -235,15 +235,12 @@ def _taken(fit: Fit) -> tuple[str, str]:
 
 def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
     """Prints which methods fit, the bytes that are left, and the largest batch, length and rank that still fit."""
-    kept = (
-        f", of which CUDA can use {spoken_bytes(gpu.usable_bytes)} ({gpu.reserve_source})" if gpu.reserve_bytes else ""
-    )
+    kept = f", of which CUDA can use {spoken_bytes(gpu.usable_bytes)} ({gpu.reserve_source})" * bool(gpu.reserve_bytes)
     console.print(f"on {gpu.name}, {spoken_bytes(gpu.memory_bytes)}{kept}; closed form")
     for line in _assumed(fits):
         console.print(line, markup=False, soft_wrap=True)
-    simulated = sorted(
-        {fit.model if METHODS[fit.method].closed_form else fit.method for fit in fits if fit.how == "simulation"}
-    )
+    ran = [fit for fit in fits if fit.how == "simulation"]
+    simulated = sorted({fit.model if METHODS[fit.method].closed_form else fit.method for fit in ran})
     largest_of = ("largest batch", "largest length", "largest rank")
     timed = ("tokens/s", "training") if any(fit.time and fit.time.training_seconds for fit in fits) else ("tokens/s",)
     names = ("device peak", "fits", "left", *timed, *largest_of, "what to do", "peak then")

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftscope.cli.console import FITS, wide_console
-from peftscope.cli.memory import AsJson, Gpus, RunCommand, peaks_of_question, run_options
+from peftscope.cli.memory import AsJson, Gpus, MethodName, peaks_of_question, run_options
 from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.memory.base import Model, describe_model
 from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, options_of
 from peftscope.methods import METHODS
+from peftscope.spec import RunSpec
 
 if TYPE_CHECKING:
     from peftscope.hardware.cards import Gpu
@@ -42,7 +43,7 @@ class Setting:
     gpus: int | None = None
 
 
-@_settings.command(cls=RunCommand)
+@_settings.command()
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 def _parse(method: str = typer.Argument("lora"), model: SharedModel = None, **options: Any) -> dict[str, Any]:
     """Return the words of a setting as options."""
@@ -92,7 +93,8 @@ def _of_file(path: Path, shared: Mapping[str, Any], gpus: int) -> Setting | None
     values = read_yaml(path) if path.suffix != ".json" else parse_json(read_text(path), str(path))
     if isinstance(values, dict) and "model_type" in values:
         return None  # the config.json of a model
-    if isinstance(values, dict) and "method" not in values and not values.keys() <= _spec_fields():
+    fields = set(RunSpec.model_fields).union(*(method.model_fields for method in METHODS.values()))
+    if isinstance(values, dict) and "method" not in values and not values.keys() <= fields:
         from peftscope.sizing.config_file import question_of, read_config
 
         said = read_config(path, {})
@@ -101,13 +103,12 @@ def _of_file(path: Path, shared: Mapping[str, Any], gpus: int) -> Setting | None
         question = question_of(reading, gpus=said.cards or (gpus if gpus > 1 else None))
         beside = {name: getattr(question.beside, name) for name in BESIDE_OPTIONS}
         return Setting(question.model, options_of(question.spec) | beside, question.gpus)
-    return _of_spec(values, str(path))
+    from peftscope.planning.resolve import spec_from
 
-
-def _spec_fields() -> set[str]:
-    from peftscope.spec import RunSpec
-
-    return set(RunSpec.model_fields).union(*(method.model_fields for method in METHODS.values()))
+    if isinstance(values, dict) and isinstance(values.get("method"), dict):
+        values = {**values, "device": "cuda"}
+    spec = spec_from(values, path, "cuda")
+    return Setting(spec.model, options_of(spec), spec.shards)
 
 
 def _fitting(shared: Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -115,15 +116,6 @@ def _fitting(shared: Mapping[str, Any], method: str) -> dict[str, Any]:
     fields = METHODS[method].model_fields if method in METHODS else {}
     given = {name: value for name, value in shared.items() if value is not None}
     return {name: value for name, value in given.items() if name not in METHOD_OPTIONS or name in fields}
-
-
-def _of_spec(values: Any, where: str) -> Setting:
-    from peftscope.planning.resolve import spec_from
-
-    if isinstance(values, dict) and isinstance(values.get("method"), dict):
-        values = {**values, "device": "cuda"}
-    spec = spec_from(values, Path(where), "cuda")
-    return Setting(spec.model, options_of(spec), spec.shards)
 
 
 def asked(setting: Setting, model: str | None, shared: Mapping[str, Any], gpu: Gpu | None, gpus: int) -> Question:
@@ -140,7 +132,7 @@ def asked(setting: Setting, model: str | None, shared: Mapping[str, Any], gpu: G
     return ask(base, common | setting.options, gpu=gpu, gpus=setting.gpus or gpus)
 
 
-@app.command(cls=RunCommand, rich_help_panel=FITS)
+@app.command(rich_help_panel=FITS)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 @needs("simulate")
 def why(
@@ -190,15 +182,13 @@ def why(
     show_why(answer, wide_console())
 
 
-@app.command(cls=RunCommand, rich_help_panel=FITS)
+@app.command(rich_help_panel=FITS)
 @run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
 @needs("simulate")
 def oom(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, a hub id, or a spec file.")],
     error: Annotated[str, typer.Argument(help="torch's whole message, a file that has it, or - for stdin.")] = "-",
-    method: Annotated[
-        str | None, typer.Option(help="full, lora, qlora, dora, adalora, loftq, ...; default lora.")
-    ] = None,
+    method: MethodName = None,
     gpu: GpuName = None,
     as_json: AsJson = False,
     **options: Any,

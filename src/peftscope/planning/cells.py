@@ -41,8 +41,7 @@ def count_cells(experiment: Experiment) -> int:
         count += grid * (1 if seeded else len(experiment.seeds))
     for ladder in experiment.ladders:
         count += sum(map(len, ladder.axes.values())) * len(ladder.seeds or experiment.seeds)
-    if experiment.study:
-        study = experiment.study
+    if study := experiment.study:
         tuned = [study.learning_rates[entrant.arm] for entrant in study.entrants if entrant.arm in study.learning_rates]
         count += sum(map(len, tuned)) * len(study.tuning_seeds)
         count += (len(study.entrants) + 2 * len(tuned)) * len(study.seeds)

@@ -60,11 +60,9 @@ def check_compiler(runs: dict[str, RunSpec]) -> list[Problem]:
     devices = {spec.device for spec in runs.values() if spec.compile}
     named = {"cpu": "CXX", "cuda": "CC"}
     return [
-        Problem(
-            "compile", f"torch.compile finds no compiler for {device}", f"install gcc, or name one in {named[device]}"
-        )
-        for device in devices
-        if find_compiler(device) is None
+        Problem("compile", f"torch.compile finds no compiler for {name}", f"install gcc, or name one in {named[name]}")
+        for name in devices
+        if find_compiler(name) is None
     ]
 
 
@@ -109,7 +107,6 @@ def too_few_items(runs: dict[str, RunSpec]) -> list[str]:
     for (task, split), (count, field) in asked.items():
         has = (read_manifest(task_folder(task)) or {}).get("items", {}).get(split, count)
         if has < count:
-            sentences.append(
-                f"The task {task} has {has:,} {split} items ({field}: {count:,}): the runs use all of them."
-            )
+            there = f"{has:,} {split} items ({field}: {count:,})"
+            sentences.append(f"The task {task} has {there}: the runs use all of them.")
     return sentences

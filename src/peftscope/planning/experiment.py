@@ -197,19 +197,14 @@ class Study(Strict):
 
         It has one if at least three arms at rates of their own differ in nothing but that field, wherever one names it.
         """
-        for field in VARIED:
-            if min(map(len, self.levels(field)), default=0) >= FEWEST_VALUES:
-                return field
-        return None
+        return next((f for f in VARIED if min(map(len, self.levels(f)), default=0) >= FEWEST_VALUES), None)
 
     def levels(self, field: str) -> list[list[str]]:
         """Returns the groups of arms that differ in nothing that trains but a field, if one of them names it."""
         groups: dict[str, list[str]] = {}
         for arm in [arm for arm in (*self.learning_rates, *self.chosen_rates) if arm in self.arms]:
-            others = repr(
-                sorted((name, value) for name, value in self.arms[arm].items() if name not in (field, *MEASURING))
-            )
-            groups.setdefault(others, []).append(arm)
+            others = {name: value for name, value in self.arms[arm].items() if name not in (field, *MEASURING)}
+            groups.setdefault(repr(sorted(others.items())), []).append(arm)
         return [arms for arms in groups.values() if any(field in self.arms[arm] for arm in arms)]
 
     @property
@@ -271,18 +266,14 @@ class Experiment(Strict):
     title: str = ""
     description: str = ""
     extends: str | None = None
-    card: Annotated[
-        str | None, Field(description="the card that it is made for, which `expand` takes where there is none")
-    ] = None
+    card: Annotated[str | None, Field(description="the card that it is made for, for `expand` without one")] = None
     fixed: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}
     axes: dict[str, Values] = {}
     linked: list[Annotated[list[dict[str, Any]], Field(min_length=1)]] = []
     ladders: list[Ladder] = []
     runs: list[dict[str, Any]] = []
-    card_runs: Annotated[
-        list[dict[str, Any]], Field(description="more runs, which only a CUDA card can do; left out on a processor")
-    ] = []
+    card_runs: Annotated[list[dict[str, Any]], Field(description="more runs, which only a CUDA card can do")] = []
     study: Study | None = None
     exclude: list[Exclusion] = []
     seeds: Annotated[list[CountOrZero], Field(min_length=1)] = [0]

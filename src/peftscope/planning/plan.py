@@ -46,11 +46,6 @@ class Plan:
         return list(self.sweep.runs)
 
     @property
-    def base_runs(self) -> list[str]:
-        """The runs of the untouched base."""
-        return [run for run, spec in self.sweep.runs.items() if not spec.method.trains]
-
-    @property
     def is_study(self) -> bool:
         """Whether the experiment tunes learning rates and compares arms at them."""
         return self.sweep.experiment.study is not None
@@ -96,7 +91,7 @@ class Plan:
         return self.is_study and bool(self.sweep.experiment.fixed.get("retention_every"))
 
     @property
-    def limits_examples(self) -> bool:
+    def few_examples(self) -> bool:
         """Whether the experiment is a study with arms that train on a part of the examples, and scores them along."""
         study, fixed = self.sweep.experiment.study, self.sweep.experiment.fixed
         arms = study.arms.values() if study else ()
@@ -171,7 +166,8 @@ class Workflow:
                 before = checkpoints.rates.get(experiment=plan.name, round=number - 1).output[0]
                 self._expand_again(plan)
                 runs = [run for of_arm in runs_to_choose_from(plan.sweep, number).values() for run in of_arm]
-                return [before, *_records(runs), *_records(plan.base_runs)]
+                runs += [run for run, spec in plan.sweep.runs.items() if not spec.method.trains]
+                return [before, *_records(runs)]
             return _records(run for of_arm in runs_to_choose_from(plan.sweep, 0).values() for run in of_arm)
 
         return records_of
@@ -314,11 +310,9 @@ def load_workflow(config: dict[str, Any], cores: int | None = None) -> Workflow:
     """
     names = str(config.get("experiment", "")).split() or [DEFAULT_EXPERIMENT]
     plans = [plan_experiment(name) for name in dict.fromkeys(names)]
-    problems = (
-        []
-        if os.access(".", os.W_OK)
-        else [Problem(str(Path.cwd()), "cannot be written", STORAGE_REMEDIES[errno.EACCES])]
-    )
+    problems = []
+    if not os.access(".", os.W_OK):
+        problems.append(Problem(str(Path.cwd()), "cannot be written", STORAGE_REMEDIES[errno.EACCES]))
     runs = {identity: spec for plan in plans for identity, spec in plan.sweep.runs.items()}
     to_do = {identity: spec for identity, spec in runs.items() if not record_path(identity).is_file()}
     kept = {identity: max(len(plan.keep_at(identity)) for plan in plans) for identity in to_do}

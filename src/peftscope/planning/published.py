@@ -26,8 +26,8 @@ _NOT_ALWAYS = ("argmax", "answer", "correct")
 """Fields that runs of older versions lack, or items that were not asked for an answer."""
 
 
-def write_runs(folder: Path, runs: Iterable[Path]) -> list[Path]:
-    """Writes the Parquet files of finished runs and returns their paths.
+def write_runs(folder: Path, runs: Iterable[Path]) -> None:
+    """Writes the Parquet files of finished runs.
 
     A record's JSON text is kept as it is, so that its checksum stays true.
 
@@ -38,21 +38,17 @@ def write_runs(folder: Path, runs: Iterable[Path]) -> list[Path]:
     Raises:
         InputError: A file is too large to commit.
     """
-    records: list[dict[str, Any]] = []
-    items: list[dict[str, Any]] = []
-    losses: list[dict[str, Any]] = []
+    files: dict[str, list[dict[str, Any]]] = {RECORDS: [], ITEMS: [], LOSSES: []}
     for run in runs:
         text = (run / "record.json").read_text()
-        records.append({"run_id": run.name, "record": text})
-        losses += [{"run_id": run.name, **row} for row in loss_rows(json.loads(text))]
+        files[RECORDS].append({"run_id": run.name, "record": text})
+        files[LOSSES] += [{"run_id": run.name, **row} for row in loss_rows(json.loads(text))]
         if (run / "items.jsonl").is_file():
             lines = (run / "items.jsonl").read_text().splitlines()
-            items += [{"run_id": run.name, **dict.fromkeys(_ITEM_FIELDS), **json.loads(line)} for line in lines]
-    written = [_write(folder / name, rows) for name, rows in ((RECORDS, records), (ITEMS, items), (LOSSES, losses))]
-    for path in written:
-        if path.stat().st_size > LARGEST_BYTES:
+            files[ITEMS] += [{"run_id": run.name, **dict.fromkeys(_ITEM_FIELDS), **json.loads(line)} for line in lines]
+    for name, rows in files.items():
+        if (path := _write(folder / name, rows)).stat().st_size > LARGEST_BYTES:
             raise InputError(Problem(str(path), f"is over {LARGEST_BYTES:,} bytes, which is too large to commit"))
-    return written
 
 
 def loss_rows(record: dict[str, Any]) -> list[dict[str, Any]]:

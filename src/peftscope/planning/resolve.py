@@ -115,23 +115,16 @@ class Resolver:
                 field = _field_at(location)
                 return places.get(field, f"{origin}.{field}") if field else origin
 
-            def place_of_rule(problem: Problem) -> Problem:
+            def explained(problem: Problem) -> Problem:
                 """A rule over several fields stands where the first field that it names was set."""
-                if problem.where != origin:
-                    return problem
-                named = [f for f in re.findall(r"\w+", problem.message) if f in places]
-                return replace(problem, where=places[named[0]]) if named else problem
+                named = [word for word in re.findall(r"\w+", problem.message) if word in places]
+                if problem.where == origin and named:
+                    problem = replace(problem, where=places[named[0]])
+                field = fields.get(problem.where.rpartition(".")[2].split("[")[0])
+                return replace(problem, remedy=problem.remedy or (field and field.description) or "")
 
-            descriptions = {
-                n: f.description or "" for n, f in (RunSpec.model_fields | METHODS[name].model_fields).items()
-            }
-            problems += [
-                replace(
-                    problem,
-                    remedy=problem.remedy or descriptions.get(problem.where.rpartition(".")[2].split("[")[0], ""),
-                )
-                for problem in map(place_of_rule, problems_of(error, place, method_fields | set(RUN_FIELDS)))
-            ]
+            fields = RunSpec.model_fields | METHODS[name].model_fields
+            problems += map(explained, problems_of(error, place, method_fields | set(RUN_FIELDS)))
         if problems:
             raise InputError(problems)
         return spec

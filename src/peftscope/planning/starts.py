@@ -34,11 +34,10 @@ def check_starts(runs: Mapping[str, RunSpec], where: str, planned: bool = True) 
                 problems += error.problems
                 continue
             start = record.spec
+            lost = is_restored(folder) or record.weights == "dropped" or not (folder / "adapter").is_dir()
             if record.status != "ok":
                 problems.append(Problem(at, f"{spec.start_from} has the status {record.status}", "choose another run"))
-            elif not has_ended and (
-                is_restored(folder) or record.weights == "dropped" or not (folder / "adapter").is_dir()
-            ):
+            elif not has_ended and lost:
                 remedy = f"remove {folder}; the run is then made again, and keeps its weights"
                 problems.append(Problem(at, f"{spec.start_from} is there without its trained weights", remedy))
         if start is None:
@@ -53,10 +52,8 @@ def _misfits(spec: RunSpec, start: RunSpec) -> list[str]:
     if (spec.model, spec.revision) != (start.model, start.revision):
         return [f"{spec.start_from} has another base model, {start.model}"]
     if start.method.trains_base:
-        message = (
-            f"{spec.start_from} trained {start.method.label}, which has no adapter to train on; use start_as=merged"
-        )
-        return [message] if spec.start_as == "adapter" else []
+        problem = f"trained {start.method.label}, which has no adapter to train on; use start_as=merged"
+        return [f"{spec.start_from} {problem}"] if spec.start_as == "adapter" else []
     if not start.method.continues or start.start_as == "merged":
         return [f"{spec.start_from} trained {start.method.label}, whose adapter does not fit the base alone"]
     if spec.start_as == "adapter" and spec.method != start.method:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -11,7 +13,7 @@ from peftscope.analysis.stats import CONFIDENCE
 from peftscope.layout import results_folder
 from peftscope.report.looks import DASHES, arm_looks
 from peftscope.report.plots import beside, draw_figure
-from peftscope.report.tables import html, write_table
+from peftscope.report.tables import write_table
 from peftscope.words import formatted, interval
 
 OUTSIDE = "outside the sizes that were tried"
@@ -73,8 +75,9 @@ def readable_breaks(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
 
 
-def answer(table: pd.DataFrame) -> str:
-    """Returns what an experiment says of the break; empty without any."""
+def capacity_answer(experiment: str, folder: Path | None = None) -> str:
+    """Returns what an experiment's results, or those in another folder, say of the breaks; empty without any."""
+    table = breaks(stored_bits(read_runs(experiment, folder)))
     bounded = table[table["is_bounded"].astype(bool)]
     if bounded.empty:
         return ""
@@ -97,9 +100,3 @@ def write_capacity(experiment: str) -> None:
     write_table(experiment, "capacity", found, readable_breaks(found))
     path = results_folder(experiment) / "figures" / "capacity.svg"
     draw_figure(path, lambda axes: draw_capacity(axes, table))
-
-
-def capacity_facts(experiment: str) -> dict[str, str]:
-    """Returns the sentence and the table of an experiment's section."""
-    found = breaks(stored_bits(read_runs(experiment)))
-    return {"answer": answer(found), "table": html(readable_breaks(found), "capacity")}

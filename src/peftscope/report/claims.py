@@ -132,9 +132,8 @@ def _figure(name: str, part: dict[str, Any]) -> Markup:
     """Returns a small figure of a part's curves as SVG."""
     with sns.axes_style("whitegrid"), plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(4.6, 2.7), layout="constrained")
-        for (label, curve), colour, marker in zip(
-            part["curves"].items(), cycle(SAFE_COLOURS), cycle(MARKERS), strict=False
-        ):
+        curves = zip(part["curves"].items(), cycle(SAFE_COLOURS), cycle(MARKERS), strict=False)
+        for (label, curve), colour, marker in curves:
             x, y = zip(*sorted((float(x), y) for x, y in curve.items()), strict=True)
             axes.plot(x, y, marker=marker, markersize=4, color=colour, label=label)
         points = [float(x) for curve in part["curves"].values() for x in curve]

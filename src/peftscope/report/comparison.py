@@ -1,8 +1,9 @@
-"""The sentences and figures of ``peftscope compare``. No torch."""
+"""The margins, sentences and figures of ``peftscope compare``. No torch."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from peftscope.analysis.compare import Outcome
-from peftscope.analysis.paired import FEW, Pairing
+from peftscope.analysis.paired import FEW, Pairing, check_items, check_side
 from peftscope.analysis.ranking import Ranking, Trust
-from peftscope.analysis.scored import FRACTION, Scored, unit_of
+from peftscope.analysis.scored import FRACTION, NATS, Scored, unit_of
 from peftscope.analysis.stats import CONFIDENCE
+from peftscope.analysis.study import StudyResults
+from peftscope.errors import InputError, Problem, shown
 from peftscope.report.plots import new_figure
 from peftscope.report.sentences import spoken_outcome, spoken_side
 from peftscope.words import counted, interval, signed
@@ -34,6 +37,73 @@ class Margin:
 
     value: float = math.nan
     text: str = ""
+
+
+GAIN_REMEDY = "give --base: the run that has learned nothing, best one on shuffled labels; or name arms as STUDY:ARM"
+
+
+def number_and_unit(text: str, where: str) -> tuple[float, str]:
+    """Returns the number and the unit of an amount.
+
+    Raises:
+        InputError: The text is no amount, or a bare per cent.
+    """
+    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*(pp|%gain|nats|%|)", text.strip())
+    if not match or not 0 < float(match[1]) < 1e9:
+        raise InputError(Problem(where, f"no amount (got {shown(text)})", "as in 2pp, 5%gain or 0.02"))
+    if match[2] == "%":
+        remedy = f"say {match[1]}pp for percentage points of the score, or {match[1]}%gain for a share of the task gain"
+        raise InputError(Problem(where, f"a bare per cent does not say of what (got {shown(text)})", remedy))
+    return float(match[1]), match[2]
+
+
+def amount(text: str, where: str, unit: str) -> float:
+    """Returns an amount in the unit of the scores."""
+    number, given = number_and_unit(text, where)
+    fits = given == "pp" if unit == FRACTION else given == "" or (given == "nats" and unit == NATS)
+    if not fits:
+        remedy = "give percentage points, as in 2pp" if unit == FRACTION else "give a bare number in their own unit"
+        said = f"does not fit these scores, which are {'fractions' if unit == FRACTION else unit or 'of no known unit'}"
+        raise InputError(Problem(where, f"{said} (got {shown(text)})", remedy))
+    return number / 100 if given == "pp" else number
+
+
+def read_margin(text: str | None, sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None) -> Margin:
+    """Returns the margin in the unit of the scores.
+
+    Args:
+        text: As it was given; None for no margin.
+        sides: The runs of A and of B.
+        base: The runs that have learned nothing, against which the gain of B counts.
+
+    Raises:
+        InputError: The text is no margin for these scores, or the task gain is not known.
+    """
+    if text is None:
+        return Margin()
+    number, given = number_and_unit(text, "--margin")
+    if given != "%gain":
+        return Margin(amount(text, "--margin", unit_of(run for side in sides for run in side)), text.strip())
+    return Margin(number / 100 * _task_gain(sides, base), f"{number:g} % of the task gain")
+
+
+def _task_gain(sides: Sequence[Sequence[Scored]], base: Sequence[Scored] | None) -> float:
+    b = sides[1]
+    if base is not None:
+        check_side(base)
+        check_items(b[0], base[0])
+        if not (gain := abs(_mean(b) - _mean(base))):
+            raise InputError(Problem("--base", "scores as B does, so that there is no gain", GAIN_REMEDY))
+        return gain
+    studies = {side[0].study[0] if side[0].study else None for side in sides}
+    study = studies.pop() if len(studies) == 1 else None
+    if study is None or b[0].unit != NATS:
+        raise InputError(Problem("--margin", "the task gain of these scores is not known", GAIN_REMEDY))
+    return StudyResults(study).task_gain
+
+
+def _mean(side: Sequence[Scored]) -> float:
+    return float(np.mean([run.score for run in side]))
 
 
 def spoken(value: float, unit: str, points: str = "pp") -> str:
@@ -57,8 +127,7 @@ def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin:
     """Yields what a comparison says, one sentence or two at a time."""
     unit = unit_of([*a, *b])
     for letter, side in (("A", a), ("B", b)):
-        score = float(np.mean([run.score for run in side]))
-        yield f"{letter}: {side[0].system}, {_runs(side)}. {side[0].metric}: {spoken(score, unit, '%')}."
+        yield f"{letter}: {side[0].system}, {_runs(side)}. {side[0].metric}: {spoken(_mean(side), unit, '%')}."
     difference, seen = pairing.difference(margin.value), _seen(pairing)
     name = " pp" if unit == FRACTION else f" {unit}".rstrip()
     ahead = interval(pairing.mean, *difference.interval(), lambda v: signed(_scale(unit) * v, _form(unit)), name)
@@ -87,8 +156,8 @@ def comparison_json(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, 
     return {
         "metric": a[0].metric,
         "unit": unit_of([*a, *b]),
-        "a": {"system": a[0].system, "runs": len(a), "score": float(np.mean([run.score for run in a]))},
-        "b": {"system": b[0].system, "runs": len(b), "score": float(np.mean([run.score for run in b]))},
+        "a": {"system": a[0].system, "runs": len(a), "score": _mean(a)},
+        "b": {"system": b[0].system, "runs": len(b), "score": _mean(b)},
         "ahead_by": pairing.mean,
         "interval_95": list(difference.interval()),
         "standard_error": difference.error,

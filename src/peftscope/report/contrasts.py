@@ -7,11 +7,10 @@ from itertools import groupby
 from statistics import median
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from peftscope.analysis.compare import Outcome
-from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, mean_interval, sign_flip_p
+from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, mean_interval, sign_flip_p, where_reached
 from peftscope.analysis.study import ACCURACY, GREEDY, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.planning.experiment import A_A
 from peftscope.report.sentences import spoken_outcome
@@ -102,14 +101,8 @@ def samples_to(study: StudyResults, loss: float, arm: str) -> list[float]:
     for run, row in runs.iterrows():
         curve = curves.loc[run, VALIDATION].dropna()
         curve.loc[int(row["steps"])] = row[VALIDATION]
-        each = row["batch_size"] * row["gradient_accumulation"]
-        below = np.flatnonzero(curve.to_numpy() <= loss)
-        if len(curve) < 2 or not len(below):
-            reached.append(math.inf)
-            continue
-        last = max(1, int(below[0]))
-        steps, losses = curve.index[last - 1 : last + 1], curve.to_numpy()[last - 1 : last + 1]
-        reached.append(float(each * np.interp(-loss, -losses, steps)))
+        step = where_reached(curve, curve.index, loss) if len(curve) > 1 else math.nan
+        reached.append(math.inf if math.isnan(step) else step * row["batch_size"] * row["gradient_accumulation"])
     return reached
 
 
@@ -192,10 +185,8 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             "standard error of tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
         }
         if "samples_to_reference" in row:
-            samples = row["samples_to_reference"]
-            text["samples to the reference's loss and the margin"] = (
-                "not reached" if samples == math.inf else formatted(samples, ",.0f")
-            )
+            samples = formatted(row["samples_to_reference"], ",.0f").replace("inf", "not reached")
+            text["samples to the reference's loss and the margin"] = samples
         text |= {
             "p, t test": formatted(row["t_p"], ".3g"),
             "p, after Holm": formatted(row["holm_p"], ".3g"),

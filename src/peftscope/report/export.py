@@ -39,12 +39,8 @@ def exported(name: str, form: str) -> str:
     frame = readable[[*numbers, *readable.columns.intersection(["what it says"])]]
     if form == "markdown":
         return f"{markdown(frame)}\n{caption(study)}"
-    lines = [
-        " & ".join(map(latex, map(str, cells))) + r" \\" for cells in (frame.columns, *frame.itertuples(index=False))
-    ]
-    body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
-    begin = f"\\begin{{table}}\n\\centering\n\\caption{{{latex(caption(study))}}}\n\\label{{tab:{name}}}"
-    return f"{begin}\n\\begin{{tabular}}{{lrrrl}}\n{body}\n\\end{{tabular}}\n\\end{{table}}"
+    told = frame.map(latex).rename(columns=latex)
+    return told.to_latex(index=False, caption=latex(caption(study)), label=f"tab:{name}", column_format="lrrrl")
 
 
 def latex(text: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from peftscope.analysis.capacity import breaks, stored_bits
 from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
@@ -21,7 +20,7 @@ from peftscope.files.problems import validated
 from peftscope.layout import FINDINGS_FILE, FINDINGS_PAGE, PUBLISHED_REPORTS, REPORTS, folder_with, published, shipped
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.record import FINAL
-from peftscope.report.capacity import answer as answer_on_capacity
+from peftscope.report.capacity import capacity_answer
 from peftscope.report.contrasts import answer as answer_of_study
 from peftscope.report.contrasts import contrasts
 from peftscope.report.front import Surprise, rests_on, surprising
@@ -166,10 +165,6 @@ def _answer(name: str, folder: Path) -> dict[str, str] | None:
     }
 
 
-def _stored(name: str) -> str:
-    return answer_on_capacity(breaks(stored_bits(read_runs(name, published(name)))))
-
-
 def _differences(name: str) -> str:
     study = StudyResults(name)
     return answer_of_study(contrasts(study), study.labels, legend="")
@@ -187,7 +182,7 @@ def _shares(name: str) -> str:
 PICTURES: dict[str, Callable[[str], str]] = {
     **ANSWERS,
     "shares": _shares,
-    "capacity": _stored,
+    "capacity": lambda name: capacity_answer(name, published(name)),
     "differences": _differences,
 }
 """The figures that carry the answer of an experiment, the first of them that it has, and what each says."""

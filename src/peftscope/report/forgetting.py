@@ -33,9 +33,8 @@ def draw_forgetting(axes: plt.Axes, experiment: str) -> None:
         axes.plot(curve["task"].iloc[-1], curve["rise"].iloc[-1], markersize=10, **styles[name].line)
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.invert_xaxis()
-    axes.set(
-        xlabel="validation loss on the task (nats per response token)", ylabel="English prose, rise (bits per byte)"
-    )
+    axes.set_xlabel("validation loss on the task (nats per response token)")
+    axes.set_ylabel("English prose, rise (bits per byte)")
     beside(axes)
 
 

@@ -23,9 +23,8 @@ class Look(NamedTuple):
         return {"color": self.colour, "marker": self.marker, "linestyle": self.dash}
 
 
-BLUE, ORANGE, GREEN, RED, PINK, SKY, PURPLE, GREY = (
-    *("#1879bb", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a63b5", "#808890"),
-)
+BLUE, ORANGE, GREEN, RED = "#1879bb", "#e69f00", "#009e73", "#d55e00"
+PINK, SKY, PURPLE, GREY = "#cc79a7", "#56b4e9", "#8a63b5", "#808890"
 """Colours after Okabe and Ito, which the colour-blind tell apart, without yellow and black, which pages swallow."""
 LIGHTEST = 0.45
 """How much white the last of several variants of a method gets. On a light page more would be hard to see."""

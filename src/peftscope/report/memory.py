@@ -28,9 +28,8 @@ AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": 
 def draw_grid(curves: Sequence[Path], path: Path) -> None:
     """Draws the memory that a card needs along each axis, with one line per method."""
     points = pd.concat([pd.read_csv(curve) for curve in curves])
-    points = points.assign(
-        gibibytes=points["device_bytes"] / GIB, label=points["method"].map(lambda name: METHODS[name].label)
-    )
+    labels = points["method"].map(lambda name: METHODS[name].label)
+    points = points.assign(gibibytes=points["device_bytes"] / GIB, label=labels)
     styles = looks({label: label for label in points["label"]})
     with new_figure(path, 11, 4.4, columns=len(AXIS_LABELS), sharey=True) as panels:
         for axes, (axis, told) in zip(panels, AXIS_LABELS.items(), strict=True):
@@ -106,8 +105,7 @@ def draw_waterfall(why: Why, path: Path) -> None:
     starts = [0, *accumulate((size for _, size in steps), initial=why.second_bytes)]
     starts[-1] = 0
     sizes = [why.second_bytes, *(size for _, size in steps), why.first_bytes]
-    less, more = GREEN, RED
-    colours = ["0.5", *(more if size > 0 else less for _, size in steps), "0.5"]
+    colours = ["0.5", *(RED if size > 0 else GREEN for _, size in steps), "0.5"]
     with new_figure(path, 9, 1 + 0.45 * len(names)) as axes:
         places = range(len(names))
         axes.barh(places, [size / GIB for size in sizes], left=[start / GIB for start in starts], color=colours)

@@ -21,7 +21,7 @@ from peftscope.planning.experiment import Study, experiment_path, read_experimen
 from peftscope.planning.plan import Plan
 from peftscope.record import measured_path
 from peftscope.report.capacity import SENTENCE as CAPACITY
-from peftscope.report.capacity import capacity_facts
+from peftscope.report.capacity import capacity_answer
 from peftscope.report.memory import CARDS
 from peftscope.report.parts import PARTS
 from peftscope.report.plots import draw_figure
@@ -45,10 +45,8 @@ def write_all(plan: Plan) -> Path:
     Returns:
         The path of the page. Of an unfinished study, it says that and has no part of a study.
     """
-    measured = [
-        run for run in plan.measured_runs if record_path(run).is_file() and measured_path(run_folder(run)).is_file()
-    ]
-    if measured:
+    ended = [run for run in plan.measured_runs if record_path(run).is_file()]
+    if measured := [run for run in ended if measured_path(run_folder(run)).is_file()]:
         collect_weights(plan.name, measured)
     finished = not (plan.is_study and _unfinished(StudyResults(plan.name)))
     for part in PARTS:
@@ -88,6 +86,10 @@ def write_report(experiment: str) -> Path:
     ]
     if not is_finished:
         figures, answers = figures + answers, []
+    tables = {path.stem: path.read_text() for path in (folder / "tables").glob("*.html")}
+    beside = {"limits": limited_runs(runs), "latency": latencies(runs)}
+    if weights_path(folder).is_file():
+        beside |= {"measured": updates_table(experiment), "cuts": cuts_table(experiment)}
     return write_page(
         report_path(experiment),
         "report.html.j2",
@@ -99,15 +101,9 @@ def write_report(experiment: str) -> Path:
         script=asset("report.js"),
         figures=figures,
         answers=answers,
-        methods_table=_table(folder, "methods"),
+        tables=tables | {name: html(table, name) for name, table in beside.items()},
         left_out=_left_out(runs),
-        runs_table=_table(folder, "runs"),
-        benchmarks_table=_table(folder, "benchmarks"),
-        limits_table=html(limited_runs(runs), "limits"),
-        latency_table=html(latencies(runs), "latency"),
-        predictions_table=_table(folder, "predictions"),
         fewest=FEWEST_FOR_MEANS,
-        weights=_weights_tables(experiment) if weights_path(folder).is_file() else None,
         study=study,
         capacity=_capacity_pages(folder, experiment),
         memory=_memory_pages(),
@@ -118,23 +114,11 @@ def write_report(experiment: str) -> Path:
     )
 
 
-def _table(folder: Path, name: str) -> str:
-    """Returns a table of an experiment's results as HTML; one without rows was not written."""
-    path = folder / "tables" / f"{name}.html"
-    return path.read_text() if path.is_file() else ""
-
-
-def _weights_tables(experiment: str) -> dict[str, str]:
-    tables = {"measured": updates_table(experiment), "cuts": cuts_table(experiment)}
-    return {name: html(table, name) for name, table in tables.items()}
-
-
 def _left_out(runs: pd.DataFrame) -> dict[str, tuple[int, int] | None]:
     """Returns for each table how many of its rows the page shows, and how many there are; None if it shows all."""
     methods = method_summary(runs)
     tables = {"methods": (best_settings(methods), methods), "runs": (notable_runs(runs), runs)}
-    counts = {name: (len(shown), len(table)) for name, (shown, table) in tables.items()}
-    return {name: (shown, total) if shown < total else None for name, (shown, total) in counts.items()}
+    return {name: (len(s), len(all_)) if len(s) < len(all_) else None for name, (s, all_) in tables.items()}
 
 
 def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
@@ -143,23 +127,15 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
     if unfinished := _unfinished(study):
         return {"unfinished": unfinished}
     facts = study_facts(study, settings)
-    said = study_sentences(facts)
-    figures = {name: _figure(folder / "figures", name, text) for name, text in said.items()}
-    return {
-        "unfinished": "",
-        **facts,
-        **figures,
-        "contrasts": _table(folder, "contrasts"),
-        "controls": _table(folder, "controls"),
-        "tuning_table": _table(folder, "tuning"),
-    }
+    figures = {name: _figure(folder / "figures", name, text) for name, text in study_sentences(facts).items()}
+    return {"unfinished": "", **facts, **figures}
 
 
 def _capacity_pages(folder: Path, experiment: str) -> dict[str, Any] | None:
     """Returns the content of the section on what is stored of random strings, or None for other tasks."""
     if not (folder / "figures" / "capacity.svg").is_file():
         return None
-    return {**capacity_facts(experiment), **_figure(folder / "figures", "capacity", CAPACITY)}
+    return {"answer": capacity_answer(experiment), **_figure(folder / "figures", "capacity", CAPACITY)}
 
 
 def _memory_pages() -> dict[str, Any] | None:
@@ -227,9 +203,6 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
 
 def _materials(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """Returns the model and the task with licence and note, from the first record."""
-    for run in runs["run_id"]:
-        path = record_path(run)
-        if path.is_file():
-            provenance = json.loads(path.read_text())["provenance"]
-            return [m for m in (provenance.get("model"), provenance.get("task")) if m]
-    return []
+    path = next(filter(Path.is_file, map(record_path, runs["run_id"])), None)
+    provenance = json.loads(path.read_text())["provenance"] if path else {}
+    return [m for m in (provenance.get("model"), provenance.get("task")) if m]

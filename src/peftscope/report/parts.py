@@ -31,27 +31,18 @@ class Part:
     sentence: Callable[[str], str] = lambda experiment: ""
 
 
+def _has_weights(plan: Plan) -> bool:
+    return weights_path(results_folder(plan.name)).is_file()
+
+
 PARTS = (
     Part(tables.write_tables),
     Part(benchmarks.write_benchmarks),
     Part(plots.write_figures),
-    Part(study.write_study, lambda plan: plan.is_study, of_study=True),
-    Part(capacity.write_capacity, lambda plan: plan.measures_capacity),
-    Part(shares.draw_shares, lambda plan: plan.varied, True, "shares", shares.shares_sentence),
-    Part(
-        weights.draw_updates,
-        lambda plan: weights_path(results_folder(plan.name)).is_file(),
-        answer="updates",
-        sentence=weights.updates_sentence,
-    ),
-    Part(
-        forgetting.draw_forgetting, lambda plan: plan.follows_prose, True, "forgetting", forgetting.forgetting_sentence
-    ),
-    Part(
-        overfitting.draw_overfitting,
-        lambda plan: plan.limits_examples,
-        True,
-        "overfitting",
-        overfitting.overfitting_sentence,
-    ),
+    Part(study.write_study, lambda p: p.is_study, of_study=True),
+    Part(capacity.write_capacity, lambda p: p.measures_capacity),
+    Part(shares.draw_shares, lambda p: p.varied, True, "shares", shares.shares_sentence),
+    Part(weights.draw_updates, _has_weights, False, "updates", weights.updates_sentence),
+    Part(forgetting.draw_forgetting, lambda p: p.follows_prose, True, "forgetting", forgetting.forgetting_sentence),
+    Part(overfitting.draw_overfitting, lambda p: p.few_examples, True, "overfitting", overfitting.overfitting_sentence),
 )

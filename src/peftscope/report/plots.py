@@ -184,9 +184,8 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
     if PREDICTED_PEAK in grid and unprobed is not None and unprobed.any():
         grid = grid.assign(**{PREDICTED_PEAK: grid[PREDICTED_PEAK].where(unprobed)})
         columns[PREDICTED_PEAK] = "train, predicted"
-    long = grid.melt(id_vars="variant", value_vars=list(columns), var_name="phase", value_name="bytes").dropna(
-        subset=["bytes"]
-    )
+    long = grid.melt(id_vars="variant", value_vars=list(columns), var_name="phase", value_name="bytes")
+    long = long.dropna(subset=["bytes"])
     if long.empty:
         return
     long = long.assign(phase=long["phase"].map(columns), mebibytes=long["bytes"] / MIB)

@@ -91,9 +91,8 @@ def publish_memory() -> list[Path]:
     missing = [name for name in MEMORY_FILES if not (MEMORY_FOLDER / name).is_file()]
     if missing:
         raise InputError(Problem(str(MEMORY_FOLDER), f"not finished: no {', '.join(missing)}", "run make report"))
-    wanted = [
-        path for path in sorted(MEMORY_FOLDER.rglob("*")) if path.suffix in (".csv", ".json", ".png", ".svg", ".html")
-    ]
+    kinds = (".csv", ".json", ".png", ".svg", ".html")
+    wanted = [path for path in sorted(MEMORY_FOLDER.rglob("*")) if path.suffix in kinds]
     _check_sizes(wanted)
     _copy(wanted, MEMORY_FOLDER, PUBLISHED_RESULTS / MEMORY_FOLDER.name)
     return [PUBLISHED_RESULTS / MEMORY_FOLDER.name]

@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from peftscope.analysis.compare import Difference
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import LOWEST, MARGIN, PLANNED, StudyResults
 from peftscope.layout import results_folder
@@ -93,10 +92,9 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
 
 def cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
     """Cuts the axis where a few rows reach so far that the others could not be seen, and writes their means there."""
-    if not samples:
-        return
-    edge = FARTHEST * median(float(sample.abs().max()) for sample in samples)
-    if max(float(sample.abs().max()) for sample in samples) <= edge:
+    reaches = [float(sample.abs().max()) for sample in samples]
+    edge = FARTHEST * median(reaches) if reaches else math.inf
+    if max(reaches, default=0.0) <= edge:
         return
     axes.set_xlim(-edge, edge)
     for y, sample in enumerate(samples):
@@ -107,9 +105,7 @@ def cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
 
 def power(study: StudyResults) -> dict[str, Any]:
     """Returns what the study could see: its yardstick, the half-widths of its intervals, and the arms that miss."""
-    found: dict[str, Difference] = {
-        compared_label(*pair, study.reference, study.labels): study.difference(*pair) for pair in study.compared
-    }
+    found = {compared_label(*pair, study.reference, study.labels): study.difference(*pair) for pair in study.compared}
     widths = {name: 100 * difference.half_width() / study.yardstick for name, difference in found.items()}
     return {
         "task_gain": formatted(study.yardstick, ".3f"),
@@ -130,6 +126,8 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     labels, table = study.labels, contrasts(study)
     rows = table.to_dict("records")
     a_a = [row for row in rows if row["arm"].endswith(A_A)]
+    given = [labels[arm] for arm in (*settings.given_rates, *settings.borrowed_rates) if arm in labels]
+    rates = {arm: study.rate(arm) for arm in labels}
     return {
         "first": labels[study.reference],
         "subject": study.subject,
@@ -139,21 +137,15 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "no_gain": math.isnan(study.yardstick) and any(name == "shuffled-labels" for name, _ in study.controls),
         "a_a_fails": any(row["difference_low"] > 0 or row["difference_high"] < 0 for row in a_a),
         "power": power(study) if not math.isnan(study.yardstick) else None,
-        "given": listed(
-            [labels[arm] for arm in (*settings.given_rates, *settings.borrowed_rates) if arm in labels], "; "
-        ),
+        "given": listed(given, "; "),
         "controls_of": sorted({control for control, _ in study.controls}),
         "fewest_rates": min(map(len, settings.learning_rates.values()), default=0),
         "chosen_by": settings.chosen_by,
-        "has_tuning": any(study.rate(arm).is_tuned or study.rate(arm).regret for arm in study.arms),
+        "has_tuning": any(rate.is_tuned or rate.regret for rate in rates.values()),
         "step": f"√{STEP**2:.0f}",
         "tuning_seeds": listed(settings.tuning_seeds),
         "seeds": len(settings.seeds),
-        "chosen": "; ".join(
-            f"{label} {study.rate(arm).best:g}"
-            for arm, label in labels.items()
-            if study.rate(arm).curve or study.rate(arm).is_tuned
-        ),
+        "chosen": "; ".join(f"{labels[arm]} {r.best:g}" for arm, r in rates.items() if r.curve or r.is_tuned),
         "at_an_end": "; ".join(labels[arm] for arm in study.arms_at_an_end),
         "left_out": ", ".join(f"{arm} ({reason})" for arm, reason in study.left_out.items()),
         "base_loss": f"{study.base_loss:.3f}",
@@ -164,10 +156,9 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
 def study_sentences(facts: dict[str, Any]) -> dict[str, str]:
     """Returns what the two figures of a study show in words, from its facts."""
     several = facts["seeds"] >= FEWEST_FOR_MEANS
-    differences = f"Points right of the line are better than {facts['first']}. Small points are seeds" + (
-        f", large ones their means with {100 * CONFIDENCE:g} % intervals" if several else ""
-    )
-    differences += (", which include the tuning of both arms" if several and facts["has_tuning"] else "") + "."
+    large = f", large ones their means with {100 * CONFIDENCE:g} % intervals" * several
+    large += ", which include the tuning of both arms" * (several and facts["has_tuning"])
+    differences = f"Points right of the line are better than {facts['first']}. Small points are seeds{large}."
     if facts["power"]:
         differences += " Dashed lines are the margin of sameness."
     if facts["a_a"] and several:

@@ -55,9 +55,8 @@ def svg_of(figure: plt.Figure, name: str) -> str:
 
 def in_page(text: str, alt: str) -> Markup:
     """Returns an SVG file's text as an element of a page, with what it shows in words."""
-    return Markup(
-        text.replace(OWN_COLOURS, "").replace("<svg", Markup('<svg role="img" aria-label="{}"').format(alt), 1)
-    )
+    opening = Markup('<svg role="img" aria-label="{}"').format(alt)
+    return Markup(text.replace(OWN_COLOURS, "").replace("<svg", opening, 1))
 
 
 MOST_LETTERS = 4

@@ -63,22 +63,18 @@ ONLY_SCORED = (
 
 def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Returns one row per combination of ``keys``: n, statuses, mean scores with 95 % intervals, and median facts."""
-    runs = runs.assign(
-        retention_change_bits_per_byte=runs["retention_bits_per_byte"] - runs["retention_bits_per_byte_before"]
-    )
+    change = runs["retention_bits_per_byte"] - runs["retention_bits_per_byte_before"]
+    runs = runs.assign(retention_change_bits_per_byte=change)
     is_good = runs["status"] == "ok"
-    by = [runs[key] for key in keys]
+    by: Any = {"by": [runs[key] for key in keys], "sort": False, "dropna": False}
     # Whole columns are aggregated at once, because one frame per group takes a hundred times as long.
-    groups = (
-        runs.reindex(columns=[*SCORES.values(), *FACTS.values()]).where(is_good).groupby(by, sort=False, dropna=False)
-    )
-    table = is_good.groupby(by, sort=False, dropna=False).sum().to_frame("n")
-    endings = runs["status"].where(~is_good).groupby(by, sort=False, dropna=False)
+    groups = runs.reindex(columns=[*SCORES.values(), *FACTS.values()]).where(is_good).groupby(**by)
+    table = is_good.groupby(**by).sum().to_frame("n")
+    endings = runs["status"].where(~is_good).groupby(**by)
     table["other_endings"] = endings.agg(lambda names: ", ".join(sorted(names.dropna())))
+    nothing = Interval(float("nan"), None, None, 0)
     for name, column in SCORES.items():
-        found = [
-            mean_interval(values.tolist()) or Interval(float("nan"), None, None, 0) for _, values in groups[column]
-        ]
+        found = [mean_interval(values.tolist()) or nothing for _, values in groups[column]]
         table[name] = [interval.mean for interval in found]
         table[f"{name}_low"] = [interval.low for interval in found]
         table[f"{name}_high"] = [interval.high for interval in found]
@@ -309,12 +305,9 @@ def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 def markdown(frame: pd.DataFrame) -> str:
     """Returns a frame of text as a Markdown table with numbers aligned to the right."""
-    columns = [markdown_cell(column) for column in frame.columns]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(["---", *["---:"] * (len(columns) - 1)]) + "|"]
-    lines += [
-        "| " + " | ".join(markdown_cell(str(value)) for value in row) + " |" for row in frame.itertuples(index=False)
-    ]
-    return "\n".join(lines) + "\n"
+    rows = [map(markdown_cell, map(str, row)) for row in (frame.columns, *frame.itertuples(index=False))]
+    first, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([first, "|" + "|".join(["---", *["---:"] * (len(frame.columns) - 1)]) + "|", *others]) + "\n"
 
 
 def markdown_text(text: str) -> str:

@@ -89,9 +89,8 @@ def draw_worth(axes: plt.Axes, table: pd.DataFrame) -> None:
     # Straight below a power of ten: ticks at smaller ones would stand on each other.
     typical = max(float(means["worth"].abs().quantile(0.5)), 1e-6)
     axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(typical)))
-    axes.set(
-        xlabel="rise of the held-out loss without the update (nats per token)", ylabel="rank kept, mean over seeds"
-    )
+    axes.set_xlabel("rise of the held-out loss without the update (nats per token)")
+    axes.set_ylabel("rank kept, mean over seeds")
     beside(axes)
 
 
@@ -138,9 +137,8 @@ def cuts_table(experiment: str) -> pd.DataFrame:
     cuts = table[(table["kind"] == "cut") & table["run_id"].isin(names.index)]
     if cuts.empty:
         return pd.DataFrame()
-    losses = cuts.assign(variant=cuts["run_id"].map(names)).pivot_table(
-        index="variant", columns="cut_rank", values="heldout_nll", sort=False
-    )
+    cuts = cuts.assign(variant=cuts["run_id"].map(names))
+    losses = cuts.pivot_table(index="variant", columns="cut_rank", values="heldout_nll", sort=False)
     ranks = sorted(losses.columns)
     called = {rank: f"rank {rank:g}" for rank in ranks[:-1]} | {ranks[-1]: "not cut"}
     shown = pd.DataFrame({called[rank]: [formatted(loss, ".4f") for loss in losses[rank]] for rank in ranks})

@@ -98,9 +98,8 @@ def targets_found(family: str, names: Sequence[str]) -> Measurement:
         model = random_model({"model_type": family, "num_hidden_layers": 1})
     present = {name.rsplit(".", 1)[-1]: type(module).__name__ for name, module in model.named_modules()}
     linear = {name for name, kind in present.items() if kind in ("Linear", "Conv1D", "FalconLinear")}
-    return Measurement(
-        len(linear & set(names)), n=len(names), evidence={"its linear layers": ", ".join(sorted(linear))}, model=family
-    )
+    evidence = {"its linear layers": ", ".join(sorted(linear))}
+    return Measurement(len(linear & set(names)), n=len(names), evidence=evidence, model=family)
 
 
 def start_shift(variant: str) -> Measurement:
@@ -130,12 +129,12 @@ def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measuremen
         rank: The rows of A.
         inputs: The columns of A.
     """
-    values = {
-        r: factor_a(lora_layer(inputs, 16, rank=r, init_lora_weights=init)).detach().flatten() for r in (1, rank, 64)
-    }
+    layers = {r: lora_layer(inputs, 16, rank=r, init_lora_weights=init) for r in (1, rank, 64)}
+    values = {r: factor_a(layer).detach().flatten() for r, layer in layers.items()}
     sample, spread = values[rank].numpy(), values[rank].std().item()
     bound = math.sqrt(3) * spread
     distance = float(stats.kstest(sample, "norm", args=(0, spread)).statistic)
+    uniform = stats.kstest(sample, "uniform", args=(-bound, 2 * bound))
     reach = math.sqrt(math.log(2 / (1 - CONFIDENCE)) / (2 * sample.size))
     return Measurement(
         distance,
@@ -143,9 +142,7 @@ def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measuremen
         high=distance + reach,
         n=sample.size,
         evidence={
-            "distance to the uniform distribution of this spread": float(
-                stats.kstest(sample, "uniform", args=(-bound, 2 * bound)).statistic
-            ),
+            "distance to the uniform distribution of this spread": float(uniform.statistic),
             "spread × √inputs": spread * math.sqrt(inputs),
             "spread × rank": spread * rank,
             "spread at rank 1 over spread at rank 64": (values[1].std() / values[64].std()).item(),

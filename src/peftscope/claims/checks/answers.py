@@ -26,9 +26,8 @@ def spread_of_scores(study: str, arms: list[str]) -> Measurement:
     if freedom <= 0:
         raise NotRunError(f"the study `{study}` has no scores of several seeds")
     squares = sum(float(each.var() * (len(each) - 1)) for each in scores.values())
-    low, high = (
-        math.sqrt(squares / chi2.ppf(share, freedom)) for share in ((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2)
-    )
+    shares = ((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2)
+    low, high = (math.sqrt(squares / chi2.ppf(share, freedom)) for share in shares)
     evidence = {f"spread of {arm}": float(each.std()) for arm, each in scores.items()}
     runs = tuple(run for arm in arms for run in results.arm_runs(arm)["run_id"])
     found = math.sqrt(squares / freedom)
@@ -50,9 +49,8 @@ def share_that_change(study: str, arms: list[str]) -> Measurement:
     changes = pd.concat([_differing(table).stack() for table in texts.values()], axis="columns").mean(axis="columns")
     by_seed = changes.groupby(level=0).mean()
     evidence = {f"answers that differ, {arm}": float(_differing(table).stack().mean()) for arm, table in texts.items()}
-    evidence |= {
-        f"right in one and wrong in the other, {arm}": float(_differing(t).stack().mean()) for arm, t in marks.items()
-    }
+    for arm, table in marks.items():
+        evidence[f"right in one and wrong in the other, {arm}"] = float(_differing(table).stack().mean())
     evidence["items"] = min(len(table) for table in texts.values())
     return over_seeds(results, by_seed, evidence, [run for arm in arms for run in results.arm_runs(arm)["run_id"]])
 

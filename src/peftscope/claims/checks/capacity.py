@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,22 +39,19 @@ def bits_per_parameter(
     found = breaks(table[table["arm"].isin([f"LoRA, rank {rank}" for rank in ranks])])
     if len(found) < len(ranks):
         raise NotRunError(f"`{experiment}` has {len(found)} of {len(ranks)} ranks of {model} with {FEWEST_SIZES} sizes")
+    evidence: dict[str, Quantity] = {}
     for row in found.to_dict("records"):
         if not row["is_bounded"]:
             raise NotRunError(f"the sizes of `{experiment}` do not enclose the break of {row['arm']} on {model}")
-    evidence: dict[str, Quantity] = {}
-    for row in found.to_dict("records"):
         evidence[f"break of {row['arm']}, bits"] = row["break_bits"]
         evidence[f"most stored by {row['arm']}, bits for each parameter"] = row["most_stored"] / row["parameters"]
         evidence[f"times that {row['arm']} saw each string at its break"] = row["exposures_at_break"]
     evidence["largest share stored of strings not trained on"] = max(0.0, float(found["largest_fresh_share"].max()))
-    curves = {
-        str(arm): own.groupby("given")["stored"].mean().to_dict() for arm, own in table.groupby("arm", sort=False)
-    }
+    groups = table.groupby("arm", sort=False)
     mean = geometric_mean_of(
-        [math.log(value) for value in found["break_per_parameter"]],
+        np.log(found["break_per_parameter"]).tolist(),
         evidence=evidence,
-        curves=curves,
+        curves={str(arm): own.groupby("given")["stored"].mean().to_dict() for arm, own in groups},
         axes=("bits given", "bits stored"),
         model=f"{model}, random strings",
         run_ids=tuple(table["run_id"]),
@@ -93,10 +90,8 @@ def share_of_full(
         stored = float(np.mean(shares(control)))
         evidence[f"share that rank {control} stores"] = stored
         if stored < enough:
-            spoiled_by = (
-                f"rank {control}, with more parameters than the model, stores {100 * stored:.0f} % after the same "
-                "training, so that the training limits it"
-            )
+            said = f"rank {control}, with more parameters than the model, stores {100 * stored:.0f} %"
+            spoiled_by = f"{said} after the same training, so that the training limits it"
     return replace(_over_seeds(shares(rank), table, items, evidence), spoiled_by=spoiled_by)
 
 
@@ -105,9 +100,8 @@ def furthest_ranks(experiment: str, model: str, ranks: list[int], items: int) ->
     table = _stored(experiment, model)
     given = float(table.loc[table["items"] == items, "given"].max())
     stored = {rank: _by_seed(table, f"LoRA, rank {rank}", items) for rank in ranks}
-    differences = {
-        (high, low): ((stored[high] - stored[low]) / given).dropna() for low, high in itertools.combinations(ranks, 2)
-    }
+    pairs = itertools.combinations(ranks, 2)
+    differences = {(high, low): ((stored[high] - stored[low]) / given).dropna() for low, high in pairs}
     chosen = max(differences, key=lambda pair: abs(differences[pair].mean()))
     evidence: dict[str, Quantity] = {"shown": f"rank {chosen[0]} over rank {chosen[1]}"}
     evidence |= {f"mean share stored by rank {rank}": float(stored[rank].mean()) / given for rank in ranks}
@@ -144,7 +138,5 @@ def _over_seeds(
 ) -> Measurement:
     rows = table[table["items"] == items]
     evidence = {**evidence, "bits given": float(rows["given"].max())}
-    model = f"{table['model'].iloc[0]}, random strings"
-    return mean_of(
-        values, samples=tuple(values), evidence=evidence, model=model, run_ids=tuple(rows["run_id"].astype(str))
-    )
+    about: Any = {"model": f"{table['model'].iloc[0]}, random strings", "run_ids": tuple(rows["run_id"].astype(str))}
+    return mean_of(values, samples=tuple(values), evidence=evidence, **about)

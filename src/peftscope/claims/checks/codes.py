@@ -178,12 +178,8 @@ def share_with_lower_error(
         evidence[f"mean {metric} of {name}"] = sum(theirs) / len(theirs)
         evidence[f"matrices on which {code} beats {name}"] = sum(a < b for a, b in zip(own, theirs, strict=True))
         evidence[f"Wilcoxon p against {name}"] = float(wilcoxon(own, theirs).pvalue) if len(own) > 1 else 1.0
-    return Measurement(
-        sum(mine < min(theirs) for mine, *theirs in errors) / len(errors),
-        n=len(errors),
-        evidence=evidence,
-        model=model,
-    )
+    share = sum(mine < min(theirs) for mine, *theirs in errors) / len(errors)
+    return Measurement(share, n=len(errors), evidence=evidence, model=model)
 
 
 def likeness_of_rows_to_normal(model: str, rows: int = 32) -> Measurement:

@@ -74,10 +74,8 @@ def amplification(study: str, arm: str, modules: list[str], over: str = "") -> M
             logs.append(math.log(float((scale * b @ a).norm() / (left.T @ weights[name] @ right).norm())))
         return sum(logs) / len(logs)
 
-    own, *others = (
-        _by_seed(study, (each, each), f"amplification of {', '.join(modules)}", logarithm)
-        for each in filter(None, (arm, over))
-    )
+    key = f"amplification of {', '.join(modules)}"
+    own, *others = (_by_seed(study, (each, each), key, logarithm) for each in filter(None, (arm, over)))
     logs = [log - sum(other[seed] for other in others) for seed, log in own.items()]
     return geometric_mean_of(logs, **_about(study, (arm, over) if over else (arm,)))
 
@@ -113,16 +111,12 @@ def _factors(run: str) -> Factors:
     config = json.loads((folder / "adapter_config.json").read_text())
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    scale = config["lora_alpha"] / config["r"]
-    return {
-        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): (
-            a,
-            tensors[name.replace(".lora_A.", ".lora_B.")],
-            scale,
-        )
-        for name, a in tensors.items()
-        if ".lora_A." in name
-    }
+    found, scale = {}, config["lora_alpha"] / config["r"]
+    for name, a in tensors.items():
+        if ".lora_A." in name:
+            matrix = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            found[matrix] = a, tensors[name.replace(".lora_A.", ".lora_B.")], scale
+    return found
 
 
 def _named(factors: Factors, modules: list[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from peftscope.analysis.forgetting import curves, matched_rises
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
@@ -24,16 +26,14 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
     matched = {seed: matched_rises(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())}
     if not matched:
         raise NotRunError(f"the study `{study}` has no pair of runs that scored prose along the training")
-    sample = tuple(second - first for _, first, second in matched.values())
-    count = len(sample)
+    losses, firsts, seconds = zip(*matched.values(), strict=True)
+    ends = [float(theirs[seed]["rise"].iloc[-1] - mine[seed]["rise"].iloc[-1]) for seed in matched]
     evidence: dict[str, Quantity] = {
-        "matched loss on the task, nats per token": sum(loss for loss, *_ in matched.values()) / count,
-        f"rise on prose there, {arm}": sum(first for _, first, _ in matched.values()) / count,
-        f"rise on prose there, {against}": sum(second for *_, second in matched.values()) / count,
-        "difference at the end of the training": sum(
-            float(theirs[seed]["rise"].iloc[-1] - mine[seed]["rise"].iloc[-1]) for seed in matched
-        )
-        / count,
+        "matched loss on the task, nats per token": fmean(losses),
+        f"rise on prose there, {arm}": fmean(firsts),
+        f"rise on prose there, {against}": fmean(seconds),
+        "difference at the end of the training": fmean(ends),
         "runs that diverged": int(runs["status"].eq("diverged").sum() + other["status"].eq("diverged").sum()),
     }
+    sample = [second - first for first, second in zip(firsts, seconds, strict=True)]
     return over_seeds(results, sample, evidence, (*runs["run_id"], *other["run_id"]))

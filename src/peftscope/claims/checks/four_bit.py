@@ -62,9 +62,8 @@ def bits_per_weight(double_quant: bool, rows: int = 4096, columns: int = 4096) -
 def bits_saved(rows: int = 4096, columns: int = 4096) -> Measurement:
     """Returns the bits per weight that double quantization saves in a saved layer, with everything counted."""
     before, after = (float(bits_per_weight(double, rows, columns).value) for double in (False, True))
-    return Measurement(
-        before - after, evidence={"without": before, "with": after}, model=f"Linear4bit {rows} × {columns}"
-    )
+    evidence = {"without": before, "with": after}
+    return Measurement(before - after, evidence=evidence, model=f"Linear4bit {rows} × {columns}")
 
 
 def quantisations_in_a_forward_pass(trains: bool = True) -> Measurement:

@@ -63,20 +63,12 @@ def share_of_growing_steps(steps: int) -> Measurement:
 def gradient_from_zero(steps: int) -> Measurement:
     """Returns the largest gradient of any adapter value in this many steps if A and B both start at zero."""
     model = lora_model(tiny_llama())
+    factors = [factor(layer) for layer in lora_layers(model).values() for factor in (factor_a, factor_b)]
     with torch.no_grad():
-        for layer in lora_layers(model).values():
-            factor_a(layer).zero_()
-    largest = 0.0
-    for _ in backward_steps(model, steps):
-        largest = max(
-            largest,
-            *(
-                w.grad.abs().max().item()
-                for layer in lora_layers(model).values()
-                for w in (factor_a(layer), factor_b(layer))
-            ),
-        )
-    return Measurement(largest, n=steps, model=TINY)
+        for factor in factors:  # B is zero already
+            factor.zero_()
+    largest = [max(float(factor.grad.abs().max()) for factor in factors) for _ in backward_steps(model, steps)]
+    return Measurement(max(largest), n=steps, model=TINY)
 
 
 def rank_from_equal_rows(steps: int, rank: int, equal: bool) -> Measurement:
@@ -140,10 +132,7 @@ def base_tensors_changed(steps: int) -> Measurement:
     return Measurement(
         len(changed - adapters),
         n=len(before) - len(adapters),
-        evidence={
-            "adapter tensors": len(adapters),
-            "adapter tensors changed": len(changed & adapters),
-        },
+        evidence={"adapter tensors": len(adapters), "adapter tensors changed": len(changed & adapters)},
         model=f"{TINY}, NF4",
     )
 

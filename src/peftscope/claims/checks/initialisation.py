@@ -162,9 +162,7 @@ def intruders_of_random_updates(model: str, rank: int, sizes: list[float], size:
         matrices: The number of matrices, evenly spread over the model; 0 means all.
     """
     torch.manual_seed(0)
-    counts: dict[str, dict[float, list[int]]] = {
-        kind: {each: [] for each in sizes} for kind in ("low rank", "full rank")
-    }
+    counts = {kind: {each: list[int]() for each in sizes} for kind in ("low rank", "full rank")}
     for _, weight in _some(model, matrices):
         rows, columns = weight.shape
         before = torch.linalg.svd(weight, full_matrices=False).U
@@ -225,10 +223,8 @@ def _peft_start(weight: torch.Tensor, rank: int, alpha: float, iterations: int) 
     """Returns Q + sBA after PEFT's own LoftQ has initialised a layer."""
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
-    quantised = LoftQConfig(loftq_bits=4, loftq_iter=iterations)
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights="loftq", loftq_config=quantised
-    )
+    start: Any = {"init_lora_weights": "loftq", "loftq_config": LoftQConfig(loftq_bits=4, loftq_iter=iterations)}
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], **start)
     with _OnProcessor():
         layer = get_peft_model(torch.nn.Sequential(linear), config).base_model.model[0]
     return layer.get_base_layer().weight.detach() + layer.get_delta_weight("default").detach()

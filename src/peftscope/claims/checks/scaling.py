@@ -65,10 +65,9 @@ def trajectory_gap(
         epsilon: Adam's epsilon in both runs; 0 divides zero by zero, since A has no gradient in the first step.
         steps: The length of both runs.
     """
-    runs = zip(
-        _trajectory(1, 1, 1, 1, epsilon, steps), _trajectory(alpha, init_a, rate_a, rate_b, epsilon, steps), strict=True
-    )
+    changed = _trajectory(alpha, init_a, rate_a, rate_b, epsilon, steps)
     gaps, of_update = {}, 0.0
+    runs = zip(_trajectory(1, 1, 1, 1, epsilon, steps), changed, strict=True)
     for step, (first, second) in enumerate(runs, start=1):
         difference = max((one - other).abs().max().item() for (one, _), (other, _) in zip(first, second, strict=True))
         gaps[float(step)] = difference / max(weight.abs().max().item() for weight, _ in first)
@@ -127,10 +126,8 @@ def trained_rank(ranks: Sequence[int], alpha_over_rank: float, steps: int) -> Me
         found = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-9)) for layer in lora_layers(model).values()]
         curve[float(rank)] = float(max(found))
     shares = [found / rank for rank, found in curve.items()]
-    axes = ("rank that was set", "rank of ΔW")
-    return Measurement(
-        max(shares), n=len(shares), evidence={"smallest": min(shares)}, curves={"ΔW": curve}, axes=axes, model=TINY
-    )
+    drawn: Any = {"curves": {"ΔW": curve}, "axes": ("rank that was set", "rank of ΔW")}
+    return Measurement(max(shares), n=len(shares), evidence={"smallest": min(shares)}, model=TINY, **drawn)
 
 
 class Published(BaseModel):
@@ -186,27 +183,21 @@ def smallest_growth(alphas: list[float], rank: int, steps: int) -> Measurement:
     sizes = {}
     for alpha in alphas:
         model = trained(lora_model(tiny_llama(), rank=rank, alpha=alpha), steps)
-        sizes[float(alpha)] = (
-            sum(float(update_of(layer).square().sum()) for layer in lora_layers(model).values()) ** 0.5
-        )
+        squares = [float(update_of(layer).square().sum()) for layer in lora_layers(model).values()]
+        sizes[float(alpha)] = sum(squares) ** 0.5
     ratios = [later / earlier for earlier, later in pairwise(sizes.values())]
-    return Measurement(
-        min(ratios), n=len(ratios), curves={"‖ΔW‖": sizes}, axes=("alpha", "‖ΔW‖ after training"), model=TINY
-    )
+    axes = ("alpha", "‖ΔW‖ after training")
+    return Measurement(min(ratios), n=len(ratios), curves={"‖ΔW‖": sizes}, axes=axes, model=TINY)
 
 
 def _thin_pairs(count: int) -> list[tuple[Any, Any]]:
     generator = torch.Generator().manual_seed(0)
+    options: Any = {"generator": generator, "dtype": torch.float64}
     pairs = []
     for _ in range(count):
         rows, columns = torch.randint(2, 201, (2,), generator=generator).tolist()
         rank = int(torch.randint(1, min(rows, columns) + 1, (1,), generator=generator))
-        pairs.append(
-            tuple(
-                torch.randn(shape, generator=generator, dtype=torch.float64)
-                for shape in ((rows, rank), (rank, columns))
-            )
-        )
+        pairs.append((torch.randn(rows, rank, **options), torch.randn(rank, columns, **options)))
     return pairs
 
 
@@ -218,10 +209,8 @@ def _trajectory(alpha: float, init_a: float, rate_a: float, rate_b: float, epsil
     with torch.no_grad():
         for layer in layers:
             factor_a(layer).mul_(init_a)
-    groups = [
-        {"params": [factor_a(layer) for layer in layers], "lr": 1e-3 * rate_a},
-        {"params": [factor_b(layer) for layer in layers], "lr": 1e-3 * rate_b},
-    ]
+    rates = ((factor_a, 1e-3 * rate_a), (factor_b, 1e-3 * rate_b))
+    groups = [{"params": list(map(factor, layers)), "lr": rate} for factor, rate in rates]
     optimizer = torch.optim.Adam(groups, eps=epsilon)
     ids = token_ids(model)
     for _ in range(steps):

@@ -35,17 +35,12 @@ def intrinsic_dimension(
     results = StudyResults(study)
     runs = {name: results.arm_runs(name) for name in (*arms, against)}
     dimensions = np.array([float(runs[arm]["dimension"].iloc[0]) for arm in arms])
-    means = np.array([table[HELDOUT].mean() for table in runs.values()])
+    losses = [table[HELDOUT] for table in runs.values()]
+    means, counts = np.array([of.mean() for of in losses]), list(map(len, losses))
     start = results.base_loss
     if over == "task":
         start = results.task_gain + float(results.arm_runs(results.reference)[HELDOUT].mean())
-    counts = [len(table) for table in runs.values()]
-    pool = np.concatenate(
-        [
-            (table[HELDOUT] - table[HELDOUT].mean()) * math.sqrt(len(table) / max(1, len(table) - 1))
-            for table in runs.values()
-        ]
-    )
+    pool = np.concatenate([(of - of.mean()) * math.sqrt(len(of) / max(1, len(of) - 1)) for of in losses])
     random = np.random.default_rng(0)
     errors = np.stack([random.choice(pool, (resamples, count)).mean(axis=1) for count in counts], axis=1)
     errors += random.normal(size=errors.shape) * [results.rate(name).regret for name in runs]

@@ -89,20 +89,17 @@ def _over_rates(
     draws = np.stack([fit.optima(random.choice(pool, (resamples, len(fit.x)))) for fit in fits.values()])
     low, high = finish(np.quantile(combine(draws), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
     best = np.stack([fit.optima(np.zeros((1, len(fit.x)))) for fit in fits.values()])
-    evidence: dict[str, Quantity] = {
-        f"best rate of {name}": math.exp(value) for name, value in zip(arms, best[:, 0], strict=True)
-    }
+    rates = zip(arms, best[:, 0], strict=True)
+    evidence: dict[str, Quantity] = {f"best rate of {name}": math.exp(value) for name, value in rates}
     evidence["spread of the residuals, nats per token"] = float(pool.std())
-    curves = {
-        name: table.groupby("learning_rate")[VALIDATION].mean().dropna().to_dict() for name, table in runs.items()
-    }
+    losses = {name: table.groupby("learning_rate")[VALIDATION].mean() for name, table in runs.items()}
     return Measurement(
         float(finish(combine(best)[0])),
         low=float(low),
         high=float(high),
         n=len(pool),
         evidence=evidence,
-        curves=curves,
+        curves={name: means.dropna().to_dict() for name, means in losses.items()},
         axes=("learning rate", "validation loss, nats per token"),
         model=results.subject,
         run_ids=tuple(run for table in runs.values() for run in table["run_id"]),
@@ -129,9 +126,8 @@ def _means(both: pd.DataFrame, first: str, second: str) -> dict[str, Quantity]:
 
 def _doubts(results: StudyResults, runs: dict[str, pd.DataFrame]) -> dict[str, Quantity]:
     """Returns how many runs of some arms diverged, and which arms' best rates lie at an end of their lists."""
-    found: dict[str, Quantity] = {
-        "runs that diverged": int((pd.concat(list(runs.values()))["status"] == "diverged").sum())
-    }
+    endings = pd.concat(list(runs.values()))["status"]
+    found: dict[str, Quantity] = {"runs that diverged": int((endings == "diverged").sum())}
     if at_an_end := [arm for arm in runs if arm in results.arms_at_an_end]:
         found["best rate at an end of its list"] = ", ".join(at_an_end)
     return found
@@ -263,9 +259,7 @@ def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
         return max(0.0, gain.low - margin, -gain.high - margin), max(map(abs, reach))
 
     chosen = max(found, key=against_sameness)
-    beside: dict[str, Quantity] = {
-        f"mean gain of {arm} over {against}": found[arm].value for arm, against in arms.items()
-    }
+    beside: dict[str, Quantity] = {f"mean gain of {arm} over {arms[arm]}": gain.value for arm, gain in found.items()}
     beside["margin, nats per token"] = margin * StudyResults(study).task_gain
     return _shown(found, chosen, f"{chosen} against {arms[chosen]}", beside)
 

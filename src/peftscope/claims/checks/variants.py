@@ -53,9 +53,8 @@ def loraplus_step_ratio(ratio: float) -> Measurement:
     Source: Hayou et al. 2024, arXiv 2402.12354.
     """
     model = lora_model(tiny_llama(), rank=4, alpha=8, seed=0)
-    optimizer = optimizers.create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=ratio, betas=(0.0, 0.0), weight_decay=0.0
-    )
+    options: Any = {"lr": 1e-4, "loraplus_lr_ratio": ratio, "betas": (0.0, 0.0), "weight_decay": 0.0}
+    optimizer = optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, **options)
     ids = token_ids(model)
     steps: dict[str, list[float]] = {}
     for letter in "BA":

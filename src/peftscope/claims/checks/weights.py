@@ -31,14 +31,14 @@ def update_rank(study: str, arm: str, over: float = 1, of_side: bool = False) ->
     """
     results, table = _after(study, arm)
     side = table[["rows", "columns"]].min(axis="columns") if of_side else 1
-    evidence = _medians(table, ["rank_90", "stable_rank", "gaussian_rank_90", "grid_rank_90", "gaussian_stable_rank"])
-    evidence |= _medians(table, [name for name in table if name.startswith("energy_")])
+    names = ("rank_90", "stable_rank", "gaussian_rank_90", "grid_rank_90", "gaussian_stable_rank")
+    shown = [*filter(table.columns.__contains__, names), *(name for name in table if name.startswith("energy_"))]
+    evidence: dict[str, Quantity] = {f"{name}, median matrix": float(table[name].median()) for name in shown}
     for part, modules in PARTS.items():
         evidence[f"rank_90 in {part}"] = float(table[table["module"].str.fullmatch(modules)]["rank_90"].median())
     evidence |= _along(results, study, arm, "rank_90")
-    return over_seeds(
-        results, (table["rank_90"] / side / over).groupby(table["seed"]).median(), evidence, table["run_id"]
-    )
+    ranks = (table["rank_90"] / side / over).groupby(table["seed"]).median()
+    return over_seeds(results, ranks, evidence, table["run_id"])
 
 
 def rank_growth(study: str, arm: str) -> Measurement:
@@ -53,10 +53,7 @@ def rank_growth(study: str, arm: str) -> Measurement:
     if first["step"].min() == last["step"].max():
         raise NotRunError(f"the study `{study}` has kept the weights of `{arm}` at one step only")
     ranks = [part.groupby("run_id")["rank_90"].median() for part in (first, last)]
-    seeds = last.drop_duplicates("run_id").set_index("run_id")["seed"]
-    return over_seeds(
-        results, (ranks[1] / ranks[0]).rename(seeds), _along(results, study, arm, "rank_90"), last["run_id"]
-    )
+    return over_seeds(results, ranks[1] / ranks[0], _along(results, study, arm, "rank_90"), last["run_id"])
 
 
 def rank_across_parts(study: str, arm: str, part: str, over: str) -> Measurement:
@@ -75,14 +72,11 @@ def rank_across_parts(study: str, arm: str, part: str, over: str) -> Measurement
     shares = table["rank_90"] / table["gaussian_rank_90"]
     chosen = [table["module"].str.fullmatch(PARTS[name]) for name in (part, over)]
     means = [shares[rows].groupby(table["seed"][rows]).mean() for rows in chosen]
-    evidence: dict[str, Quantity] = {
-        f"over a Gaussian's, {module}": float(values.mean()) for module, values in shares.groupby(table["module"])
-    }
+    modules = shares.groupby(table["module"])
+    evidence: dict[str, Quantity] = {f"over a Gaussian's, {name}": float(each.mean()) for name, each in modules}
     of_all = table["rank_90"] / table[["rows", "columns"]].min(axis="columns")
-    evidence |= {
-        f"share of all singular values, {name}": float(of_all[rows].mean())
-        for name, rows in zip((part, over), chosen, strict=True)
-    }
+    for name, rows in zip((part, over), chosen, strict=True):
+        evidence[f"share of all singular values, {name}"] = float(of_all[rows].mean())
     return over_seeds(results, (means[0] / means[1]).dropna(), evidence, table["run_id"])
 
 
@@ -130,21 +124,16 @@ def intruders(study: str, arm: str, against: str = "") -> Measurement:
     """
     results = StudyResults(study)
     runs = {name: results.arm_runs(name) for name in filter(None, (arm, against))}
-    last = after_training(read_weights(study))
-    means = {
-        cosine: last.groupby("run_id")[f"intruders_{cosine}"].mean().rename(f"intruders_{cosine}")
-        for cosine in (30, 50, 70)
-    }
+    last = after_training(read_weights(study)).groupby("run_id")
+    means = {cosine: last[f"intruders_{cosine}"].mean() for cosine in (30, 50, 70)}
     evidence: dict[str, Quantity] = {
-        f"{name}, cosine below 0.{cosine // 10}": float(runs[name]["run_id"].map(values).mean())
+        f"{name}, cosine below 0.{cosine // 10}": float(of_arm["run_id"].map(values).mean())
         for cosine, values in means.items()
-        for name in runs
+        for name, of_arm in runs.items()
     }
-    sizes = last.groupby("run_id")["relative_size"].median()
-    evidence |= {
-        f"size of the update over the weight's, {name}": float(r["run_id"].map(sizes).mean())
-        for name, r in runs.items()
-    }
+    sizes = last["relative_size"].median()
+    for name, of_arm in runs.items():
+        evidence[f"size of the update over the weight's, {name}"] = float(of_arm["run_id"].map(sizes).mean())
     if against:
         both = paired(runs[arm], runs[against], means[50])
         values = both["first"] - both["second"]
@@ -180,14 +169,12 @@ def magnitude_with_direction(study: str, arm: str, module: str, within_steps: bo
         groups = [seeds[chosen], rows["step"]] if within_steps else [seeds[chosen]]
         return rows.groupby(groups).apply(correlation).groupby(level=0).mean()
 
-    mine = correlations(points["module"] == module)
-    evidence: dict[str, Quantity] = {
-        f"in {name}": float(correlations(points["module"] == name).mean()) for name in sorted(points["module"].unique())
-    }
+    modules = {name: correlations(points["module"] == name) for name in sorted(points["module"].unique())}
+    evidence: dict[str, Quantity] = {f"in {name}": float(each.mean()) for name, each in modules.items()}
     evidence["steps"] = points["step"].nunique()
     last = points[(points["module"] == module) & (points["step"] == points["step"].max())]
     evidence["after the last step only"] = float(last.groupby(seeds[last.index]).apply(correlation).mean())
-    return over_seeds(results, mine, evidence, runs["run_id"])
+    return over_seeds(results, modules.get(module, ()), evidence, runs["run_id"])
 
 
 def rank_with_worth(study: str, arm: str, kept: bool = False, given: str = "") -> Measurement:
@@ -226,10 +213,8 @@ def rank_preference(study: str, arm: str) -> Measurement:
     results, table = _after(study, arm)
     if "rank_kept" not in table or table["rank_kept"].isna().all():
         raise NotRunError(f"the study `{study}` has no ranks that `{arm}` chose")
-    mean = {
-        part: table[table["module"].str.fullmatch(modules)].groupby("seed")["rank_kept"].mean()
-        for part, modules in PARTS.items()
-    }
+    parts = {part: table[table["module"].str.fullmatch(modules)] for part, modules in PARTS.items()}
+    mean = {part: rows.groupby("seed")["rank_kept"].mean() for part, rows in parts.items()}
     logs = np.log(mean["feed-forward"] / mean["attention"])
     values = np.exp(np.sign(logs.sum() - logs) * logs)
     evidence: dict[str, Quantity] = {f"mean rank in {part}": float(each.mean()) for part, each in mean.items()}
@@ -296,10 +281,6 @@ def _points(study: str, runs: pd.DataFrame) -> pd.DataFrame:
     """Returns what was measured on the matrices of some runs, after each kept step."""
     table = read_weights(study)
     return table[(table["kind"] == "matrix") & table["run_id"].isin(runs["run_id"])]
-
-
-def _medians(table: pd.DataFrame, names: list[str]) -> dict[str, Quantity]:
-    return {f"{name}, median matrix": float(table[name].median()) for name in names if name in table}
 
 
 def _along(results: StudyResults, study: str, arm: str, name: str) -> dict[str, Quantity]:

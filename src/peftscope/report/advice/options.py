@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 from peftscope.hardware.cards import GPUS, Fits, Gpu
@@ -116,9 +116,7 @@ class Fitter:
         if full is None or len(full.changes) > len(forced):
             shorter = [length for length in LENGTHS if length < self.situation.seq_len]
             cut = [*forced, self.rules.change(SHORTER)]
-            option = next(self._fitting(settings, [(), tuple(free)], cut, shorter), None)
-            if option:
-                yield option
+            yield from islice(self._fitting(settings, [(), tuple(free)], cut, shorter), 1)
 
     def shards(self, method: str) -> int:
         """Returns the cards that share the weights of a method: all, or one for a trainer or a base in 4 bits."""
@@ -182,10 +180,8 @@ class Fitter:
         """Returns the question about a run on the card, with a loss on every token: the most that a run takes."""
         shards, trainer = gpus or self.shards(fields["method"]), self.situation.trainer
         regime = {"as_trainer": trainer} if trainer else {"loss_path": "response_only"}
-        asked = {**fields, **regime}
-        return ask(
-            model or self.situation.model, asked, responses=fields["seq_len"], gpu=self.situation.gpu, gpus=shards
-        )
+        asked, of = {**fields, **regime}, model or self.situation.model
+        return ask(of, asked, responses=fields["seq_len"], gpu=self.situation.gpu, gpus=shards)
 
     def peak(self, fields: Mapping[str, Any], gpus: int | None = None, model: Model | None = None) -> int:
         """Returns the bytes that each card needs for the training, as ``Needs`` does."""

@@ -98,9 +98,8 @@ class Grounds(Strict):
         if self.papers:
             told.append(f"papers: {self.papers}{_reach(self.reaches_billions, billions)}")
         standing = self.standing(findings)
-        if standing is Standing.CUSTOM or (
-            standing is Standing.OPEN and len(waiting) == len(named) and not self.papers
-        ):
+        untested = standing is Standing.OPEN and len(waiting) == len(named) and not self.papers
+        if standing is Standing.CUSTOM or untested:
             told.append(HABIT)
         if standing is Standing.OPEN:
             told.insert(0, "open")
@@ -184,10 +183,8 @@ class Rules(Strict):
 
     def rule(self, setting: Setting, facts: Mapping[str, Any], findings: Findings) -> Rule | None:
         """Returns the first rule of a setting whose condition holds and of which no claim is refuted."""
-        for rule in self.rules:
-            if rule.setting == setting and rule.is_for(facts) and rule.standing(findings) is not Standing.REFUTED:
-                return rule
-        return None
+        speaking = (rule for rule in self.rules if rule.setting == setting and rule.is_for(facts))
+        return next((rule for rule in speaking if rule.standing(findings) is not Standing.REFUTED), None)
 
     def change(self, name: str) -> Change:
         """Returns the change with a name."""
