@@ -16,19 +16,17 @@ LARGE_BYTES = 1e8
 
 @dataclass(frozen=True)
 class ProcessorConstants:
-    """The constants of a step on a processor.
+    """The constants of a step on a processor; an operation takes what a launch takes on cards, whatever its size.
 
     Attributes:
         rate_share: The share of the rate at a large product that products reach.
         memory_share: The share of the rate of a large copy that other kernels reach.
         large_share: The same for kernels of ``LARGE_BYTES`` and more.
-        launch_seconds: What an operation takes whatever its size.
     """
 
     rate_share: float
     memory_share: float
     large_share: float
-    launch_seconds: float
 
 
 def processor_passes(question: Question) -> Passes:
@@ -52,14 +50,15 @@ def processor_step(
         copied_bytes: The bytes per second of a large copy, read and written.
         constants: The constants; None: those that were fitted.
     """
-    known = constants or ProcessorConstants(**fitted()[1]["processor"])
+    on_cards, content = fitted()
+    known = constants or ProcessorConstants(**content["processor"])
     seconds = []
-    for content, times in passes:
+    for work, times in passes:
         taken = 0.0
-        for one, factor in content:
+        for one, factor in work:
             large = one.bytes >= LARGE_BYTES * max(1.0, one.launches)
             size_rate = copied_bytes * (known.large_share if large else known.memory_share)
             kernels = max(one.flops / (known.rate_share * flops), one.bytes / size_rate)
-            taken += factor * one.times * (kernels + one.launches * known.launch_seconds)
+            taken += factor * one.times * (kernels + one.launches * on_cards.launch_seconds)
         seconds.append((taken, times))
     return sum(taken * times for taken, times in seconds), seconds[0][0]
