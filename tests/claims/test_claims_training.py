@@ -208,7 +208,7 @@ def test_the_figure_of_worlds_has_a_column_for_each_that_answers_and_is_for_two_
         said.append(show_worlds())
     assert said[0] == "" and "in toy, sums; in toy, pronunciation. The band is ±2.5 %" in said[1]
     assert "feed-forward alone" in WORLDS_FIGURE.read_text()
-    assert world_answers()["ahead"].round().tolist() == [11, 0, -11]
+    assert world_answers()["ahead"].round().tolist() == [11, 0, -11, -11]  # the last is rank 1 against full
 
 
 def test_a_destroyed_base_leaves_open_what_a_sound_one_decides() -> None:
