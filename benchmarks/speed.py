@@ -27,7 +27,7 @@ from peftscope.planning.estimate import RESPONSE_SHARE
 from peftscope.planning.published import published_records
 from peftscope.record import RunRecord, parse_record
 from peftscope.sizing.processor import ProcessorConstants, processor_passes, processor_step
-from peftscope.sizing.speed import DEQUANTISED_BYTES, FITTED_FILE, Constants, Passes, passes_of, step_time
+from peftscope.sizing.speed import DEQUANTISED_BYTES, FITTED_FILE, Constants, Passes, fitted, passes_of, step_time
 
 SPEEDS_FILE = Path("benchmarks/speeds.csv")
 PUBLISHED = Path("results/published/speed/speeds.csv")
@@ -425,6 +425,8 @@ def main() -> None:
         "interval": [round(end, 2) for end in interval(inside["measured"] / inside["left_out"])],
         "methods": kinds,
     }
+    FITTED_FILE.write_text(json.dumps(content) + "\n")
+    fitted.cache_clear()  # steps on a processor take its time of a launch
     steps, on_processor = compare_steps()
     content["processor"] = {name: float(f"{value:.3g}") for name, value in asdict(on_processor).items()}
     steps.to_csv(PUBLISHED_STEPS, index=False, float_format="%.4g")

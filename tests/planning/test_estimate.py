@@ -71,6 +71,13 @@ def test_what_differs_from_the_record_is_scaled_by_the_time_model(own_folder: Pa
     assert training() == pytest.approx(12)
 
 
+def test_a_record_with_an_outdated_spec_is_none(own_folder: Path) -> None:
+    finished(5000, 0)
+    path = record_path(run_id(SPEC.model_copy(update={"seed": 0})))
+    path.write_text(path.read_text().replace('"packing":', '"of_old": 1, "packing":', 1))
+    assert estimate.estimate_seconds(SPEC, one_thread=True) < 1000 and estimate.measured_runs() == []
+
+
 def test_without_a_record_a_card_is_taken_to_be_faster_than_a_processor(own_folder: Path) -> None:
     card = SPEC.model_copy(update={"model": "llama-2-7b", "device": "cuda"})
     processor = card.model_copy(update={"device": "cpu"})

@@ -1,4 +1,4 @@
-"""How long a run takes on this machine: on its card by the time model, on its processor by records of such runs."""
+"""How long a run takes on this machine: on its card by the time model, on its processor by that and by records."""
 
 from __future__ import annotations
 

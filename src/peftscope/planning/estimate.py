@@ -13,6 +13,8 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+from pydantic import ValidationError
+
 from peftscope.data.tasks import USUAL_TOKENS, item_tokens
 from peftscope.errors import InputError
 from peftscope.hardware.cards import Speed
@@ -38,6 +40,15 @@ UNKNOWN_PARAMETERS, UNKNOWN_SHARE = 10**9, 0.3
 START_SECONDS = 6.0
 LOAD_SECONDS_PER_PARAMETER = 1.5e-7
 """The assumed time of a start and of loading, without a record."""
+
+BENCHMARK_TOKENS = 1024
+"""The tokens of the longest usual question: GSM8K's, with five worked examples."""
+BENCHMARK_ITEMS = 1319
+"""The number of items if no limit is set: that of GSM8K's test split."""
+CHOICES, CHOICE_TOKENS = 4, 100
+"""The number of sequences of a multiple-choice item, and their usual length."""
+GENERATING = ("gsm8k",)
+"""The benchmarks with generated answers."""
 
 ONE_THREAD = ("one thread",)
 ONE_THREAD_SLOWER = 1.55
@@ -71,7 +82,16 @@ def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
                 kinds[key].append(entry)
     for key in [key for key in kinds if key[:1] == ONE_THREAD]:
         kinds.setdefault(key[1:], kinds[key])
-    return {key: _lower_quartile(entries) for key, entries in kinds.items()}
+    chosen = {key: _lower_quartile(entries) for key, entries in kinds.items()}
+    return {key: record for key, record in chosen.items() if _is_current(record["spec"])}
+
+
+def _is_current(spec: dict[str, Any]) -> bool:
+    """Returns whether a record's spec is one of today's; an outdated one may have fields that are gone."""
+    try:
+        return bool(RunSpec.model_validate(spec))
+    except ValidationError:
+        return False
 
 
 def _sequences(spec: dict[str, Any]) -> int:
@@ -165,14 +185,21 @@ def computing_seconds(spec: RunSpec, rate: float) -> tuple[float, float]:
     """
     length = max(1, round(_length(spec.model_dump(mode="json"))))
     step, forward = _step(spec.model_copy(update={"seed": 0, "init_seed": None, "learning_rate": 0.0}), length, rate)
-    items = spec.validation_items * _times(spec, spec.validation_every) + spec.heldout_items + spec.generation_items
-    tokens = items * length + spec.retention_tokens * (1 + _times(spec, spec.retention_every))
-    return (spec.steps * step if spec.method.trains else 0.0), tokens * forward
+    return (spec.steps * step if spec.method.trains else 0.0), evaluated_tokens(spec) * forward
 
 
-def _times(spec: RunSpec, every: int) -> int:
-    """Returns how often something is scored along a training and after it."""
-    return 1 + ((spec.steps - 1) // every if every else 0)
+def evaluated_tokens(spec: RunSpec) -> float:
+    """Returns the tokens that a run's evaluations read."""
+    length = min(spec.seq_len, _item_tokens(spec.task))
+    validations = 1 + (spec.steps - 1) // spec.validation_every if spec.validation_every else 1
+    scored = validations * spec.validation_items + spec.heldout_items + spec.generation_items
+    retentions = 2 + ((spec.steps - 1) // spec.retention_every if spec.retention_every else 0)
+    tokens = scored * length + retentions * spec.retention_tokens
+    items = spec.benchmark_items or BENCHMARK_ITEMS
+    tokens += sum(
+        items * (BENCHMARK_TOKENS if name in GENERATING else CHOICES * CHOICE_TOKENS) for name in spec.benchmarks
+    )
+    return float(tokens)
 
 
 @lru_cache(4096)

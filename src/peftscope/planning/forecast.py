@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from pydantic import ValidationError
-
 from peftscope.data.tasks import item_tokens
 from peftscope.hardware.cards import GIB, Fits, Gpu, known_card, speed_of
 from peftscope.memory.answer import Peaks, peaks_by_formula
@@ -23,7 +21,14 @@ from peftscope.memory.question import Question
 from peftscope.memory.shares import RESIDENT
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
-from peftscope.planning.estimate import estimate_seconds, measured_runs
+from peftscope.planning.estimate import (
+    BENCHMARK_ITEMS,
+    BENCHMARK_TOKENS,
+    GENERATING,
+    estimate_seconds,
+    evaluated_tokens,
+    measured_runs,
+)
 from peftscope.sizing.changes import mildest_change, values_of
 from peftscope.sizing.speed import StepTime, step_time
 from peftscope.spec import RunSpec, memory_key
@@ -38,14 +43,6 @@ TOKEN_SECONDS_PER_LAYER = 1e-3
 """The seconds of one generated token of a batch. Kernels are so small that starting them takes most of the time."""
 ANSWER_TOKENS = 256
 """The tokens that are generated for each item, most of them after the answer: lm-eval's usual limit."""
-BENCHMARK_TOKENS = 1024
-"""The tokens of the longest usual question: GSM8K's, with five worked examples."""
-BENCHMARK_ITEMS = 1319
-"""The number of items if no limit is set: that of GSM8K's test split."""
-CHOICES, CHOICE_TOKENS = 4, 100
-"""The number of sequences of a multiple-choice item, and their usual length."""
-GENERATING = ("gsm8k",)
-"""The benchmarks with generated answers."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ class Forecaster:
         step = self._step(spec, shape)
         training = spec.steps * step.seconds if spec.method.trains else 0.0
         token = step.forward_seconds * spec.gradient_accumulation / step.tokens
-        seconds = training + _evaluated_tokens(spec) * token
+        seconds = training + evaluated_tokens(spec) * token
         seconds += _answers(spec) / spec.eval_batch_size * ANSWER_TOKENS * _token_seconds(spec, shape, token)
         seconds *= median(self.measured_ratios(spec) or [1.0])
         seconds += START_SECONDS + 2 * shape.parameters / LOAD_BYTES_PER_SECOND
@@ -183,28 +180,11 @@ class Forecaster:
 
 
 def _measured_specs() -> Iterator[tuple[dict[str, Any], RunSpec]]:
-    """Yields the measured runs that trained, with their specs. Records with an outdated spec are skipped."""
+    """Yields the measured runs that trained, with their specs."""
     for record in measured_runs():
-        try:
-            spec = RunSpec.model_validate(record["spec"])
-        except ValidationError:
-            continue
+        spec = RunSpec.model_validate(record["spec"])
         if spec.method.trains and record["seconds"]["train"] > 0:
             yield record, spec
-
-
-def _evaluated_tokens(spec: RunSpec) -> float:
-    """Returns the tokens that a run's evaluations read."""
-    length = min(spec.seq_len, item_tokens(spec.task))
-    validations = 1 + (spec.steps - 1) // spec.validation_every if spec.validation_every else 1
-    scored = validations * spec.validation_items + spec.heldout_items + spec.generation_items
-    retentions = 2 + ((spec.steps - 1) // spec.retention_every if spec.retention_every else 0)
-    tokens = scored * length + retentions * spec.retention_tokens
-    items = spec.benchmark_items or BENCHMARK_ITEMS
-    tokens += sum(
-        items * (BENCHMARK_TOKENS if name in GENERATING else CHOICES * CHOICE_TOKENS) for name in spec.benchmarks
-    )
-    return float(tokens)
 
 
 def _answers(spec: RunSpec) -> int:

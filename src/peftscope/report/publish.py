@@ -120,10 +120,14 @@ def publish_experiment(experiment: str) -> list[Path]:
         *sorted(source.glob("figures/*.svg")),
     ]
     results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
+    runs = [run_folder(run) for run in read_runs(experiment)["run_id"]]
+    if gone := [run for run in runs if not (run / "record.json").is_file()]:
+        remedy = f"remove {source} and {page.parent}, then make report EXPERIMENT={experiment}"
+        raise InputError(Problem(str(gone[0]), "this run is missing here", remedy))
     _check_sizes([page, *wanted])
     _copy([page], page.parent, report)
     _copy(wanted, source, results)
-    write_runs(results, map(run_folder, read_runs(experiment)["run_id"]))
+    write_runs(results, runs)
     show_study(experiment)
     return [results, report]
 
