@@ -17,7 +17,7 @@ from rich.console import Console
 
 from peftscope.errors import InputError, Problem
 from peftscope.execution.inputs import inputs
-from peftscope.execution.process import host_kills, seconds_since_process_start, survive_child
+from peftscope.execution.process import host_kills, keep_freed_memory, seconds_since_process_start, survive_child
 from peftscope.execution.ranks import fork_ranks, rank_folder
 from peftscope.files.atomic import write_json
 from peftscope.files.lock import locked
@@ -219,7 +219,9 @@ class Job:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import torch
 
-        if spec.device == "cuda" and rank == 0:
+        if spec.device == "cpu":
+            keep_freed_memory()
+        elif rank == 0:
             check_cards(spec.shards)
         if spec.method.quantization():
             with suppress(ModuleNotFoundError):  # the run fails by itself then, and a sweep goes on with the others

@@ -1,4 +1,4 @@
-"""The process of a run: its age, and a parent process that outlives it. No torch."""
+"""The process of a run: its age, its memory, and a parent process that outlives it. No torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from peftscope.training.signals import stop_signals
 
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def seconds_since_process_start() -> float:
@@ -37,6 +38,18 @@ def die_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by)
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc to keep the memory that this process frees for its next tensors. Other C libraries do as they do.
+
+    By default the pages of a large tensor go back to the kernel, and the next tensor's are fetched and zeroed anew:
+    12 % of the processor time of a LoRA run on SmolLM2-135M, and 18 % of one of full fine-tuning.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def host_kills() -> int | None:
