@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import sys
 import warnings
 from pathlib import Path
@@ -94,3 +95,25 @@ def test_a_run_imports_nothing_that_it_does_not_need(toy: Path, make_spec, tmp_p
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     needless = {"lm_eval", "datasets", "pandas", "sklearn", "matplotlib", "pyarrow", "snakemake", "bitsandbytes.nn"}
     assert "peft" in imported and not imported & needless
+
+
+FAULTS = """
+import resource, sys
+from peftscope.execution.process import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+faults = []
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(64 << 20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide for themselves")
+def test_freed_memory_is_used_again() -> None:
+    faults = {name: list(map(int, python("-c", FAULTS, name, check=True).stdout.split())) for name in ("kept", "not")}
+    assert faults["kept"][1] < faults["kept"][0] / 100, faults
+    assert faults["not"][1] > faults["not"][0] / 2, faults
