@@ -1,4 +1,7 @@
-"""Writes what commands print into the pages that show it: ``python -m benchmarks.shown``."""
+"""Writes what commands print into the pages that show it: ``python -m benchmarks.shown``.
+
+With ``--sitting`` it runs the whole study of the page on a method of one's own instead, and writes its verdict there.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +30,8 @@ SHOWN: dict[str, tuple[str, list[int]]] = {
 """The command of each block, and which lines of its output the page shows. Dots stand for the others."""
 STUDY = ("peftscope new-study lora_fa.py --world B --steps 40 --seeds 3", [-5, -3, -2, -1])
 """The same of the page on a method of one's own, without the lines on time, which differ from machine to machine."""
+NAME = "lora-fa-study-world-b-40-steps-3-seeds"
+VERDICT = (f"peftscope table {NAME} --markdown", [*range(5)])
 
 
 def show(command: str, wanted: list[int], folder: Path = Path()) -> str:
@@ -38,11 +44,27 @@ def show(command: str, wanted: list[int], folder: Path = Path()) -> str:
 
 def show_study() -> str:
     """Returns the block of a study of the page's own method, which is written into a folder that goes."""
-    method = re.findall(r"^```python\n(.*?)^```", STUDY_PAGE.read_text(), re.MULTILINE | re.DOTALL)[0]
     with TemporaryDirectory() as folder:
         shutil.copytree("experiments", Path(folder, "experiments"))
-        Path(folder, "lora_fa.py").write_text(method)
+        write_method(Path(folder))
         return show(*STUDY, Path(folder))
+
+
+def show_verdict() -> str:
+    """Goes through the page in this checkout: its file, its study, every run. Returns the verdict and the time."""
+    began = time.monotonic()
+    write_method(Path())
+    show(*STUDY)
+    make = ["make", "report", f"EXPERIMENT={NAME}"]
+    subprocess.run(make, check=True)
+    minutes = (time.monotonic() - began) / 60
+    return f"{show(*VERDICT)}\n\nFrom the file to this table it took {minutes:.0f} minutes on {os.cpu_count()} cores."
+
+
+def write_method(folder: Path) -> None:
+    """Writes the page's own method as ``lora_fa.py``."""
+    method = re.findall(r"^```python\n(.*?)^```", STUDY_PAGE.read_text(), re.MULTILINE | re.DOTALL)[0]
+    Path(folder, "lora_fa.py").write_text(method)
 
 
 def block(command: str, lines: list[str], wanted: list[int]) -> str:
@@ -64,6 +86,8 @@ def block(command: str, lines: list[str], wanted: list[int]) -> str:
     return "\n".join(["```console", f"$ {command}", *(line.rstrip() for line in shown), "```"])
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:] == ["--sitting"]:
+    write_blocks({"shown:verdict": show_verdict()}, STUDY_PAGE)
+elif __name__ == "__main__":
     write_blocks({name: show(*asked) for name, asked in SHOWN.items()}, PAGE)
     write_blocks({"shown:study": show_study()}, STUDY_PAGE)
