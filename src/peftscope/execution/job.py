@@ -65,7 +65,8 @@ class Job:
         keep_weights: The trained weights that stay when the run has ended.
         alone: Whether no other run shares the machine; only then are speed and the device's rates measured.
         keep_at: The shares of the training after which the trained weights are written.
-        timed_threads: The number of processor threads while it trains, and others on this machine wait; 0: none do.
+        timed_threads: The number of processor threads from its start values to the prose after training, while others
+            on this machine wait; 0: none do.
     """
 
     spec: RunSpec

@@ -100,33 +100,35 @@ def run_phases(
     if trains and spec.validation_every and spec.shards == 1:
         with phase("evaluate"), attention(base, spec.attention):
             answers = base_answers(base.eval(), data.validation, spec, tokenizer.pad_token_id)
-    trained, weights = _prepare(spec, phases, base, followed=bool(answers))
-    model = trained.model
-    trainable, total = count_parameters(model)
-    record.size = Size(initial_trainable_parameters=trainable, total_parameters=total)
-    if spec.shards > 1:
-        with phase("initialise"):
-            shard(model, spec)
-    before = quality.retention_bits_per_byte_before = _score_retention(spec, phases, model, tokenizer, _alike(spec))
     with phase("predict"):
         widest = _widest_batches(spec, data)
         phases.memory.predicted = predict_or_nothing(spec, widest.training, widest.heldout)
-    if trains:
+    # LoftQ's factors and the score of prose depend on the number of threads, so both belong to the turn.
+    with phases.turn():
+        trained, weights = _prepare(spec, phases, base, followed=bool(answers))
+        model = trained.model
+        trainable, total = count_parameters(model)
+        record.size = Size(initial_trainable_parameters=trainable, total_parameters=total)
+        if spec.shards > 1:
+            with phase("initialise"):
+                shard(model, spec)
+        before = quality.retention_bits_per_byte_before = _score_retention(spec, phases, model, tokenizer, _alike(spec))
+        if trains:
 
-        def after_step(step: int) -> None:
-            _follow(spec, phases, log, trained, data, answers, step)
-            if step in steps_at(keep_at, spec.steps):
-                with phases.aside("train", "evaluate"):
-                    write_kept(kept_path(folder, step), model)
+            def after_step(step: int) -> None:
+                _follow(spec, phases, log, trained, data, answers, step)
+                if step in steps_at(keep_at, spec.steps):
+                    with phases.aside("train", "evaluate"):
+                        write_kept(kept_path(folder, step), model)
 
-        with phases.turn():
             digest = _train(spec, phases, log, checkpoints, trained, data, widest, after_step)
             if phases.turns:
                 record.ceilings = _measure_ceilings(spec, phases)
-        if record.provenance["card"]:
-            record.provenance["card"]["after_training"] = card_reading()
-        record.train_batches_sha256 = digest
-        record.method_metrics = spec.method.metrics(model)
+            if record.provenance["card"]:
+                record.provenance["card"]["after_training"] = card_reading()
+            record.train_batches_sha256 = digest
+            record.method_metrics = spec.method.metrics(model)
+        quality.retention_bits_per_byte = _score_retention(spec, phases, model, tokenizer) if trains else before
     with phase("evaluate"):
         model.eval()
         if data.validation:
@@ -150,7 +152,6 @@ def run_phases(
             record.size.trained_parameters = spec.method.final_trainable_parameters(model)
             record.weights = _keep_or_drop(spec, folder / "adapter", keep_weights)
         record.files = _checksums(folder)
-    quality.retention_bits_per_byte = _score_retention(spec, phases, model, tokenizer) if trains else before
     _probe(spec, phases, trained, widest)
     for state in ("apart", "merged"):
         timings |= _time_latency(spec, phases, model, state)
