@@ -91,6 +91,15 @@ def test_this_machines_runs_come_before_restored_ones(own_folder: Path) -> None:
     assert estimate.estimate_seconds(SPEC, one_thread=True) == pytest.approx(90)
 
 
+def test_a_published_run_that_shared_its_machine_is_scaled_by_the_rate_of_its_kind(
+    in_repository: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "record_paths", lambda: [])
+    spec = SPEC.model_copy(update={"model": "smollm2-135m", "steps": 160})
+    fast = estimate.estimate_seconds(spec, lambda spec: 9e11, one_thread=True)
+    assert 1.4 * fast < estimate.estimate_seconds(spec, lambda spec: 1.5e11, one_thread=True) < 6 * fast
+
+
 def test_a_method_that_never_ran_rests_on_lora(own_folder: Path) -> None:
     other = SPEC.model_copy(update={"method": METHODS["dora"]()})
     before = estimate.estimate_seconds(other, one_thread=True)

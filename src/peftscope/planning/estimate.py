@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
+from statistics import median
 from typing import Any
 
 from pydantic import ValidationError
@@ -66,12 +67,19 @@ EVALUATION = (
 def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
     """Returns a record of each kind of run (model, method, device), and of each kind with each evaluation.
 
-    Records of this machine come before published ones, and among those the ones with their machine's rate. Of several,
-    the one at the lower quartile of training time counts: runs that waited for the machine say too much, and runs that
-    were resumed too little.
+    Records of this machine come before published ones, and among those the ones with their machine's rate. A run that
+    shared its machine gets the rate of others on a machine of its kind. Of several records, the one at the lower
+    quartile of training time counts: runs that waited say too much, and runs that were resumed too little.
     """
     kinds: dict[tuple[Any, ...], list[tuple[int, float, dict[str, Any]]]] = defaultdict(list)
-    for order, record in _finished():
+    rates: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    found = list(_finished())
+    for order, record in found:
+        if order == 1:
+            rates[_machine(record)].append(record["ceilings"]["matmul_flops_per_second"])
+    for order, record in found:
+        if order == 2 and (known := rates.get(_machine(record))):
+            record["ceilings"] = {"matmul_flops_per_second": median(known)}
         spec = record["spec"]
         kind, evaluation = _kind(spec)
         entry = (order, record["seconds"]["train"] / max(1, _sequences(spec) * _length(spec)), record)
@@ -84,6 +92,13 @@ def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
         kinds.setdefault(key[1:], kinds[key])
     chosen = {key: _lower_quartile(entries) for key, entries in kinds.items()}
     return {key: record for key, record in chosen.items() if _is_current(record["spec"])}
+
+
+def _machine(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns what decides the rate of a machine: processor, cores and the way of its products, or the card."""
+    provenance = record.get("provenance", {})
+    hardware = provenance.get("hardware", {})
+    return *(hardware.get(name) for name in ("cpu", "cores", "gpu")), provenance.get("bf16_products")
 
 
 def _is_current(spec: dict[str, Any]) -> bool:
