@@ -19,6 +19,7 @@ from peftscope.cli.main import app
 from peftscope.errors import InputError
 from peftscope.hardware import bf16
 from peftscope.hardware.bf16 import PRODUCTS, bf16_products, chosen_way, has_native_bf16
+from peftscope.hardware.cards import Rates
 from peftscope.hardware.meter import make_meter
 from peftscope.planning import estimate
 from peftscope.planning.plan import plan_experiment
@@ -205,8 +206,12 @@ def test_estimates_follow_the_rate_of_this_machine(monkeypatch: pytest.MonkeyPat
     record = json.loads(published_records("quick")["lora-r8-a16-all-linear-s1-363fb313"])
     spec = RunSpec.model_validate(record["spec"])
     monkeypatch.setattr(estimate, "_measured", lambda **_: {estimate._kind(record["spec"])[0]: record})
-    there = record["ceilings"]["matmul_flops_per_second"]
-    slower, same, faster = (estimate.estimate_seconds(spec, lambda spec, by=by: there * by) for by in (0.5, 1, 1e6))
+    there = Rates(*(record["ceilings"][name] for name in estimate.CEILINGS), casts=False)
+
+    def at(by: float) -> float:
+        return estimate.estimate_seconds(spec, lambda spec: there._replace(flops=by * there.flops))
+
+    slower, same, faster = at(0.5), at(1), at(1e6)
     assert same == pytest.approx(record["seconds"]["wall"]) == estimate.estimate_seconds(spec)
     computing = sum(record["seconds"][phase] for phase in ("train", "evaluate"))
     assert same < slower < same + computing  # some of it is no product
@@ -216,8 +221,8 @@ def test_estimates_follow_the_rate_of_this_machine(monkeypatch: pytest.MonkeyPat
 def test_expand_measures_this_machine(repository: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    seen = []
+    seen, usual = [], Rates(1e5, 1e9, casts=False)
     monkeypatch.setattr(estimate, "_measured", lambda **_: {})
-    monkeypatch.setattr("peftscope.training.ceilings.product_rate", lambda spec: seen.append(spec) or 1e5)
+    monkeypatch.setattr("peftscope.training.ceilings.processor_rates", lambda spec: seen.append(spec) or usual)
     result = CliRunner().invoke(app, ["expand", "smoke", "--brief"])
     assert result.exit_code == 0 and len(seen) == 6 and " h " in result.output

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from peftscope.execution import pace
-from peftscope.hardware.cards import find_gpu
+from peftscope.hardware.cards import Rates, find_gpu
 from peftscope.layout import record_path
 from peftscope.methods import METHODS
 from peftscope.planning import estimate
@@ -96,8 +96,9 @@ def test_a_published_run_that_shared_its_machine_is_scaled_by_the_rate_of_its_ki
 ) -> None:
     monkeypatch.setattr(estimate, "record_paths", lambda: [])
     spec = SPEC.model_copy(update={"model": "smollm2-135m", "steps": 160})
-    fast = estimate.estimate_seconds(spec, lambda spec: 9e11, one_thread=True)
-    assert 1.4 * fast < estimate.estimate_seconds(spec, lambda spec: 1.5e11, one_thread=True) < 6 * fast
+    fast = estimate.estimate_seconds(spec, lambda spec: Rates(9e11, 5e10, casts=False), one_thread=True)
+    slow = estimate.estimate_seconds(spec, lambda spec: Rates(1.5e11, 2.5e10, casts=True), one_thread=True)
+    assert 2 * fast < slow < 6 * fast
 
 
 def test_a_method_that_never_ran_rests_on_lora(own_folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from peftscope.hardware.cards import Gpu, known_card
+from peftscope.hardware.cards import Gpu, Rates, known_card
 from peftscope.hardware.device import gpu_memories, gpu_names
 from peftscope.models.catalog import find_model
 from peftscope.planning.demands import host_bytes
@@ -21,7 +21,7 @@ def run_seconds(spec: RunSpec, *, one_thread: bool = False) -> float:
         one_thread: Whether the run has one thread, beside as many others as there are cores.
     """
     forecaster = _forecaster() if spec.device == "cuda" else None
-    return forecaster.seconds(spec) if forecaster else estimate_seconds(spec, _product_rate, one_thread=one_thread)
+    return forecaster.seconds(spec) if forecaster else estimate_seconds(spec, _rates, one_thread=one_thread)
 
 
 def this_card() -> Gpu | None:
@@ -56,10 +56,10 @@ def _forecaster() -> Forecaster | None:
     return Forecaster(card) if card else None
 
 
-def _product_rate(spec: RunSpec) -> float | None:
-    """Returns this machine's rate at a spec's matrix products; None where there is no torch, as on a login node."""
+def _rates(spec: RunSpec) -> Rates | None:
+    """Returns this machine's rates at a spec's precision; None where there is no torch, as on a login node."""
     try:
-        from peftscope.training.ceilings import product_rate
+        from peftscope.training.ceilings import processor_rates
     except ImportError:
         return None
-    return product_rate(spec)
+    return processor_rates(spec)

@@ -6,7 +6,7 @@ import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.words import GIB, MIB
@@ -81,6 +81,20 @@ class Speed:
     fp32_flops: float
     memory_bytes: float
     link_bytes: float = 32e9
+
+
+class Rates(NamedTuple):
+    """What a machine reaches.
+
+    Attributes:
+        flops: The floating-point operations per second of a large product.
+        copied_bytes: The bytes per second of a large copy, read and written.
+        casts: Whether products of 16-bit matrices are computed in fp32.
+    """
+
+    flops: float
+    copied_bytes: float
+    casts: bool
 
 
 RESERVE_SHARE = 0.03

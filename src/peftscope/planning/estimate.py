@@ -1,7 +1,7 @@
 """Estimates how long runs take, from records of the same model and method, or else of LoRA. This machine's come first.
 
 What differs from the record is scaled by the time model (``sizing/speed.py``): its method, its batches and its length,
-and the rates at which both machines compute a large product. docs/time.md says how far this is from step times.
+and the rates at which both machines compute a large product and copy. docs/time.md compares it with step times.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from peftscope.data.tasks import USUAL_TOKENS, item_tokens
 from peftscope.errors import InputError
-from peftscope.hardware.cards import Speed
+from peftscope.hardware.cards import Rates, Speed
 from peftscope.layout import record_paths
 from peftscope.memory.base import Model
 from peftscope.memory.question import Question
@@ -33,7 +33,7 @@ from peftscope.spec import RunSpec
 USUAL_RATES = {"cpu": 3e11, "cuda": 1e14}
 """The floating-point operations per second of a large product that are assumed where none was measured, by device."""
 COPIED_BYTES = {"cpu": 2.7e10, "cuda": 1e12}
-"""The bytes per second of a large copy, which are taken to be the same on all machines of a kind."""
+"""The bytes per second of a large copy that are assumed where none was measured, by device."""
 RESPONSE_SHARE = 0.5
 """The share of a batch's positions at which a row has a response token: 0.52 of packed sums, at four rows a batch."""
 UNKNOWN_PARAMETERS, UNKNOWN_SHARE = 10**9, 0.3
@@ -54,6 +54,8 @@ GENERATING = ("gsm8k",)
 ONE_THREAD = ("one thread",)
 ONE_THREAD_SLOWER = 1.55
 """How many times as long as on two threads a step takes on one of two cores, while the other has a run as well."""
+CEILINGS = ("matmul_flops_per_second", "copy_bytes_per_second")
+"""What a record says of its machine."""
 LIKE_OTHERS = "lora"
 """The method whose records stand in for one that has none."""
 EVALUATION = (
@@ -72,14 +74,14 @@ def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
     quartile of training time counts: runs that waited say too much, and runs that were resumed too little.
     """
     kinds: dict[tuple[Any, ...], list[tuple[int, float, dict[str, Any]]]] = defaultdict(list)
-    rates: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    rates: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     found = list(_finished())
     for order, record in found:
         if order == 1:
-            rates[_machine(record)].append(record["ceilings"]["matmul_flops_per_second"])
+            rates[_machine(record)].append(record["ceilings"])
     for order, record in found:
         if order == 2 and (known := rates.get(_machine(record))):
-            record["ceilings"] = {"matmul_flops_per_second": median(known)}
+            record["ceilings"] = {name: median(one[name] for one in known) for name in CEILINGS}
         spec = record["spec"]
         kind, evaluation = _kind(spec)
         entry = (order, record["seconds"]["train"] / max(1, _sequences(spec) * _length(spec)), record)
@@ -164,42 +166,45 @@ def measured_runs() -> list[dict[str, Any]]:
 
 
 def estimate_seconds(
-    spec: RunSpec, rate_of: Callable[[RunSpec], float | None] = lambda spec: None, *, one_thread: bool = False
+    spec: RunSpec, rates_of: Callable[[RunSpec], Rates | None] = lambda spec: None, *, one_thread: bool = False
 ) -> float:
     """Returns the estimated wall seconds of a run, to within a factor of about 1.5.
 
     Args:
         spec: The run.
-        rate_of: Returns the rate of a large matrix product on this machine, at the run's precision, in operations per
-            second. None means that this machine is assumed to be as fast as the record's.
+        rates_of: Returns the rates of this machine at the run's precision. None means that it is assumed to be as fast
+            as the record's.
         one_thread: Whether the run has one thread, beside as many others as there are cores. Records of such runs come
             first; with others, the computing takes longer.
     """
     record, slower = _nearest(spec, one_thread)
-    rate = rate_of(spec)
+    usual = Rates(USUAL_RATES[spec.device], COPIED_BYTES[spec.device], spec.device == "cpu")
+    here = rates_of(spec)
     if record is None:
         shape = _shape_of(spec)
         parameters = shape.parameters if shape else UNKNOWN_PARAMETERS
-        computing = sum(computing_seconds(spec, rate or USUAL_RATES[spec.device]))
+        computing = sum(computing_seconds(spec, here or usual))
         return START_SECONDS + LOAD_SECONDS_PER_PARAMETER * parameters + slower * computing
     seconds, before = record["seconds"], RunSpec.model_validate(record["spec"])
-    there = record.get("ceilings", {}).get("matmul_flops_per_second") or rate or USUAL_RATES[spec.device]
-    now, then = computing_seconds(spec, rate or there), computing_seconds(before, there)
+    flops, copied = ((record.get("ceilings") or {}).get(name) for name in CEILINGS)
+    casts = record.get("provenance", {}).get("bf16_products") == "fp32"
+    there = Rates(flops, copied, casts) if flops and copied else here or usual
+    now, then = computing_seconds(spec, here or there), computing_seconds(before, there)
     train, evaluate = (new / old if old else 1.0 for new, old in zip(now, then, strict=True))
     computing = train * seconds["train"] + evaluate * seconds["evaluate"] + seconds["probe"]
     rest = seconds["wall"] - sum(seconds.get(name, 0.0) for name in ("train", "evaluate", "probe", "wait"))
     return float(rest + slower * computing)
 
 
-def computing_seconds(spec: RunSpec, rate: float) -> tuple[float, float]:
+def computing_seconds(spec: RunSpec, rates: Rates) -> tuple[float, float]:
     """Returns the seconds of a run's training and of its evaluation, by the time model.
 
     Args:
         spec: The run.
-        rate: The operations per second of a large product on its machine.
+        rates: Those of its machine.
     """
     length = max(1, round(_length(spec.model_dump(mode="json"))))
-    step, forward = _step(spec.model_copy(update={"seed": 0, "init_seed": None, "learning_rate": 0.0}), length, rate)
+    step, forward = _step(spec.model_copy(update={"seed": 0, "init_seed": None, "learning_rate": 0.0}), length, rates)
     return (spec.steps * step if spec.method.trains else 0.0), evaluated_tokens(spec) * forward
 
 
@@ -218,19 +223,20 @@ def evaluated_tokens(spec: RunSpec) -> float:
 
 
 @lru_cache(4096)
-def _step(spec: RunSpec, length: int, rate: float) -> tuple[float, float]:
+def _step(spec: RunSpec, length: int, rates: Rates) -> tuple[float, float]:
     """Returns the seconds of a step, and of the forward pass of a token."""
     shape, tokens = _shape_of(spec), spec.batch_size * length
     if shape is None:
-        forward = 2 * UNKNOWN_PARAMETERS / (UNKNOWN_SHARE * rate)
+        forward = 2 * UNKNOWN_PARAMETERS / (UNKNOWN_SHARE * rates.flops)
         return 3 * forward * tokens * spec.gradient_accumulation, forward
     each = spec.model_copy(update={"seq_len": length})
     responses = max(1, round(RESPONSE_SHARE * length))
     question = Question(Model(spec.model, shape.to_config(), shape), each, responses, None, 1)
     if spec.device == "cpu":
-        seconds, forward = processor_step(processor_passes(question), rate, COPIED_BYTES[spec.device])
+        passes = processor_passes(question, casts=rates.casts)
+        seconds, forward = processor_step(passes, rates.flops, rates.copied_bytes)
         return seconds, forward / tokens
-    step = step_time(question, Speed(rate, rate, COPIED_BYTES[spec.device]))
+    step = step_time(question, Speed(rates.flops, rates.flops, rates.copied_bytes))
     return step.seconds, step.forward_seconds / tokens
 
 

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from peftscope.data.tasks import item_tokens
-from peftscope.hardware.cards import GIB, Fits, Gpu, known_card, speed_of
+from peftscope.hardware.cards import GIB, Fits, Gpu, Rates, known_card, speed_of
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.base import Model
 from peftscope.memory.question import Question
@@ -160,7 +160,8 @@ class Forecaster:
         """
         shape = find_model(spec.model).shape
         if shape is None:
-            return estimate_seconds(spec, lambda _: self.speed.bf16_flops)
+            rates = Rates(self.speed.bf16_flops, self.speed.memory_bytes, casts=False)
+            return estimate_seconds(spec, lambda _: rates)
         step = self._step(spec, shape)
         training = spec.steps * step.seconds if spec.method.trains else 0.0
         token = step.forward_seconds * spec.gradient_accumulation / step.tokens

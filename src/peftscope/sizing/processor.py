@@ -29,13 +29,13 @@ class ProcessorConstants:
     large_share: float
 
 
-def processor_passes(question: Question) -> Passes:
-    """Returns the passes of a step, with what products of 16-bit matrices are cast."""
+def processor_passes(question: Question, *, casts: bool = True) -> Passes:
+    """Returns the passes of a step, with what products of 16-bit matrices are cast if they are."""
     found: Passes = []
     for content, times in passes_of(question):
-        products = [(one, factor) for one, factor in content if one.flops and not one.fp32]
-        casts = [(replace(one, bytes=CAST_BYTES * one.bytes, flops=0.0, launches=3), by) for one, by in products]
-        found.append(([*content, *casts], times))
+        products = [(one, factor) for one, factor in content if casts and one.flops and not one.fp32]
+        more = [(replace(one, bytes=CAST_BYTES * one.bytes, flops=0.0, launches=3), by) for one, by in products]
+        found.append(([*content, *more], times))
     return found
 
 

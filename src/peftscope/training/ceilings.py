@@ -13,7 +13,8 @@ from typing import Any, get_args
 
 import torch
 
-from peftscope.hardware.bf16 import Way, bf16_products
+from peftscope.hardware.bf16 import Way, bf16_products, chosen_way
+from peftscope.hardware.cards import Rates
 from peftscope.hardware.meter import make_meter
 from peftscope.record import Ceilings
 from peftscope.spec import RunSpec
@@ -48,9 +49,9 @@ def measure_ceilings(spec: RunSpec) -> Ceilings:
     return _measured(spec.device, _dtype(spec))
 
 
-def product_rate(spec: RunSpec) -> float | None:
-    """Returns this processor's rate at the matrix products of a spec, or None for a run on a card."""
-    return _processor_rate(_dtype(spec)) if spec.device == "cpu" else None
+def processor_rates(spec: RunSpec) -> Rates | None:
+    """Returns this processor's rates at the precision of a spec, or None for a run on a card."""
+    return _processor_rates(_dtype(spec)) if spec.device == "cpu" else None
 
 
 def bf16_rates() -> dict[Way, float]:
@@ -67,17 +68,17 @@ def _dtype(spec: RunSpec) -> torch.dtype:
 
 
 @cache
-def _processor_rate(dtype: torch.dtype) -> float:
-    """Returns the rate of all threads or of one alone, whichever is higher.
+def _processor_rates(dtype: torch.dtype) -> Rates:
+    """Returns the rates of all threads or, for products, of one alone if that is higher.
 
     On a busy machine all threads wait for the one that another program holds up, for ten times as long and more.
     """
     threads = torch.get_num_threads()
     try:
         with bf16_products():
-            together = _matmul_rate("cpu", dtype)
+            together, copied = _matmul_rate("cpu", dtype), _copy_rate("cpu")
             torch.set_num_threads(1)
-            return max(together, _matmul_rate("cpu", dtype))
+            return Rates(max(together, _matmul_rate("cpu", dtype)), copied, chosen_way() == "fp32")
     finally:
         torch.set_num_threads(threads)
 
