@@ -1,6 +1,6 @@
 """Writes what commands print into the pages that show it: ``python -m benchmarks.shown``.
 
-With ``--sitting`` it runs the whole study of the page on a method of one's own instead, and writes its verdict there.
+With ``--sitting`` it runs the whole study of the page on a method of one's own here, and writes its verdict.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +31,7 @@ STUDY = ("peftscope new-study lora_fa.py --world B --steps 40 --seeds 3", [-5, -
 """The same of the page on a method of one's own, without the lines on time, which differ from machine to machine."""
 NAME = "lora-fa-study-world-b-40-steps-3-seeds"
 VERDICT = (f"peftscope table {NAME} --markdown", [*range(5)])
+"""The study that the command writes, and what shows its verdict once it has run."""
 
 
 def show(command: str, wanted: list[int], folder: Path = Path()) -> str:
@@ -42,29 +42,11 @@ def show(command: str, wanted: list[int], folder: Path = Path()) -> str:
     return block(command, done.stdout.splitlines(), wanted)
 
 
-def show_study() -> str:
-    """Returns the block of a study of the page's own method, which is written into a folder that goes."""
-    with TemporaryDirectory() as folder:
-        shutil.copytree("experiments", Path(folder, "experiments"))
-        write_method(Path(folder))
-        return show(*STUDY, Path(folder))
-
-
-def show_verdict() -> str:
-    """Goes through the page in this checkout: its file, its study, every run. Returns the verdict and the time."""
-    began = time.monotonic()
-    write_method(Path())
-    show(*STUDY)
-    make = ["make", "report", f"EXPERIMENT={NAME}"]
-    subprocess.run(make, check=True)
-    minutes = (time.monotonic() - began) / 60
-    return f"{show(*VERDICT)}\n\nFrom the file to this table it took {minutes:.0f} minutes on {os.cpu_count()} cores."
-
-
-def write_method(folder: Path) -> None:
-    """Writes the page's own method as ``lora_fa.py``."""
+def show_study(folder: Path) -> str:
+    """Returns the block of a study of the page's own method, which is written into a folder."""
     method = re.findall(r"^```python\n(.*?)^```", STUDY_PAGE.read_text(), re.MULTILINE | re.DOTALL)[0]
     Path(folder, "lora_fa.py").write_text(method)
+    return show(*STUDY, folder)
 
 
 def block(command: str, lines: list[str], wanted: list[int]) -> str:
@@ -87,7 +69,11 @@ def block(command: str, lines: list[str], wanted: list[int]) -> str:
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--sitting"]:
-    write_blocks({"shown:verdict": show_verdict()}, STUDY_PAGE)
+    show_study(Path())
+    subprocess.run(["make", "report", f"EXPERIMENT={NAME}"], check=True)
+    write_blocks({"shown:verdict": show(*VERDICT)}, STUDY_PAGE)
 elif __name__ == "__main__":
     write_blocks({name: show(*asked) for name, asked in SHOWN.items()}, PAGE)
-    write_blocks({"shown:study": show_study()}, STUDY_PAGE)
+    with TemporaryDirectory() as folder:
+        shutil.copytree("experiments", Path(folder, "experiments"))
+        write_blocks({"shown:study": show_study(Path(folder))}, STUDY_PAGE)

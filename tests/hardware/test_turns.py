@@ -2,11 +2,17 @@
 
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from peftscope.execution import way
+from peftscope.execution.phases import Phases
+from peftscope.execution.run import execute
 from peftscope.hardware.turns import Turns
 
 
@@ -26,3 +32,24 @@ def test_a_timed_run_has_the_machine_alone(tmp_path: Path, monkeypatch: pytest.M
             third_enters.result(0.2)
         first.end()
         third_enters.result()
+
+
+def test_what_depends_on_the_number_of_threads_has_those_of_the_turn(
+    toy: Path, make_spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    threads: list[tuple[str, int]] = []
+
+    def followed(name: str) -> Callable[..., object]:
+        original = getattr(way, name)
+        return lambda *args: (threads.append((name, torch.get_num_threads())), original(*args))[1]
+
+    for name in ("build_model", "bits_per_byte", "train", "score_answers"):
+        monkeypatch.setattr(way, name, followed(name))
+    before = torch.get_num_threads()
+    turns = Turns(before + 1)
+    turns.enter()
+    execute(make_spec(), tmp_path / "run", Phases("cpu", time.perf_counter(), turns=turns))
+    in_turn = [name for name, count in threads if count == before + 1]
+    assert in_turn == ["build_model", "bits_per_byte", "train", "bits_per_byte"]
+    assert threads[-1] == ("score_answers", before)

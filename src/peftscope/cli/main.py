@@ -99,7 +99,7 @@ def run(
     spec: Spec,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/runs/RUN_ID.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
-    timed_threads: Annotated[int, typer.Option(help="The same in training, while others with this option wait.")] = 0,
+    timed_threads: Annotated[int, typer.Option(help="The same from start values to prose, while others wait.")] = 0,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Between two checkpoints, to go on from.")] = 300,
     attempts_left: Annotated[int, typer.Option(help="How often the caller tries again, with more memory.")] = 0,
     keep_weights: Annotated[str, typer.Option(help="Trained weights that stay: all, adapters, or none.")] = "adapters",

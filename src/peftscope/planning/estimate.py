@@ -186,7 +186,7 @@ def estimate_seconds(
         computing = sum(computing_seconds(spec, here or usual))
         return START_SECONDS + LOAD_SECONDS_PER_PARAMETER * parameters + slower * computing
     seconds, before = record["seconds"], RunSpec.model_validate(record["spec"])
-    flops, copied = ((record.get("ceilings") or {}).get(name) for name in CEILINGS)
+    flops, copied = (record.get("ceilings", {}).get(name) for name in CEILINGS)
     casts = record.get("provenance", {}).get("bf16_products") == "fp32"
     there = Rates(flops, copied, casts) if flops and copied else here or usual
     now, then = computing_seconds(spec, here or there), computing_seconds(before, there)

@@ -215,7 +215,7 @@ class Workflow:
         return 1 if self.shares_machine(wildcards.run_id) or self.timed_threads(wildcards) else MOST_THREADS
 
     def timed_threads(self, wildcards: Any) -> int:
-        """Returns the threads of a job while it trains, if others wait for it meanwhile; 0: they need not.
+        """Returns the threads of a job while others wait for it, as they do while it trains; 0: they need not.
 
         Beside a run that shares the machine nothing can be timed, and latency is timed before and after training.
         """

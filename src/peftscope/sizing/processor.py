@@ -11,7 +11,7 @@ CAST_BYTES = 3
 """The bytes of the casts of a product of 16-bit matrices that is computed in fp32 (``hardware/bf16.py``), over those of
 the product: both matrices and the result are read in one width and written in the other."""
 LARGE_BYTES = 1e8
-"""The size of a kernel from which on its memory comes fresh from the system, page by page."""
+"""The size of a kernel from which on its memory came fresh from the system when steps were timed (docs/time.md)."""
 
 
 @dataclass(frozen=True)
