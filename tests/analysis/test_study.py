@@ -775,6 +775,26 @@ def test_an_arm_that_has_run_is_published_with_its_further_rates_before_the_othe
     assert not Path("results/mine/rates-2.json").exists()  # nothing ran at the rate that was added
 
 
+def test_arms_that_have_their_best_rate_are_compared_before_the_others_have_run(untuned: None) -> None:
+    """The p of a comparison is corrected as if all that are missing had come out worst."""
+    choose_rates(expand("mine"), 0)
+    for arm in ("lora", "full"):
+        for run in members(f"rates-{arm}"):
+            spec = mine().runs[run]
+            middle = spec.learning_rate in (1e-3, 1e-4)
+            record(run, heldout=BASE_LOSS - GAINS[arm][spec.seed] + 0.1 * (not middle))
+    record(members("runs")[0], heldout=BASE_LOSS)
+    publish("mine")
+    for run in control_runs("shuffled-labels"):
+        record(run, heldout=2.5)
+    study = collected()
+    assert list(study.left_out) == [] and study.rate("full").best == 1e-4
+    found = training.heldout_gain("mine", "full", "lora")
+    assert found.p_adjusted == pytest.approx(2 * study.difference("full", "lora").p)
+    with pytest.raises(InputError, match="not finished"):
+        training.heldout_gain("mine", "thin", "lora")
+
+
 def test_the_first_runs_of_a_study_are_published_before_a_rate_is_chosen(write_study_file) -> None:
     write_study_file(**TUNED)
     with pytest.raises(InputError, match="not finished"):

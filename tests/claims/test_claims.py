@@ -200,6 +200,8 @@ WIDE = {"low": -1.0, "high": 3.0, "n": 3, "samples": (-0.5, 1.0, 2.5)}
         ({"better_by": 0}, {"value": 1.0, **NARROW}, Verdict.HOLDS),
         ({"better_by": 0}, {"value": -1.0, "low": -1.1, "high": -0.9, "samples": (-1.0, -1.1)}, Verdict.WRONG),
         ({"better_by": 0}, {"value": 1.0, **WIDE}, Verdict.OPEN),
+        ({"better_by": 0}, {"value": 1.0, **NARROW, "p_adjusted": 0.06, "matters": 2}, Verdict.WRONG),
+        ({"better_by": 0}, {"value": 1.0, **WIDE, "matters": 2}, Verdict.OPEN),
         ({"better_by": 2}, {"value": 1.0, **NARROW}, Verdict.WRONG),
         ({"same_within": 2}, {"value": 1.0, **NARROW}, Verdict.HOLDS),
         ({"same_within": 0.5}, {"value": 1.0, **NARROW}, Verdict.WRONG),
@@ -216,6 +218,11 @@ def test_a_benefit_must_outlast_the_correction_of_its_study() -> None:
     assert judge(Rule(better_by=0), Measurement(1.0, **NARROW, p_adjusted=0.04))[0] == Verdict.HOLDS
     verdict, reason = judge(Rule(better_by=0), Measurement(1.0, **NARROW, p_adjusted=0.06))
     assert verdict == Verdict.OPEN and "0.06" in reason
+
+
+def test_a_benefit_that_does_not_matter_is_one_all_the_same() -> None:
+    said = [judge(Rule(better_by=0), Measurement(1.0, **NARROW, matters=matters)) for matters in (0.5, 2)]
+    assert said == [(Verdict.HOLDS, ""), (Verdict.HOLDS, "by less than matters, 2")]
 
 
 def test_an_open_verdict_says_what_would_decide() -> None:

@@ -72,6 +72,34 @@ def test_a_ratio_of_best_rates_is_judged_with_its_interval() -> None:
     assert judge(rule, wide)[0] != supported
 
 
+def test_the_best_of_rates_with_shared_seeds_is_a_vertex_that_a_steep_rise_does_not_move() -> None:
+    def found(lora: float, noise: float = 0.0, rise: float = 0.0) -> training.Measurement:
+        random = np.random.default_rng(0)
+        rows = [
+            {"run_id": f"{arm}-{rate}-{seed}", "comparisons": f"rates-{arm}", "seed": seed, "learning_rate": rate}
+            | {
+                HELDOUT: 0.2
+                + 0.1 * math.log(rate / best) ** 2
+                + rise * (rate > 1e-2)
+                + noise * random.standard_normal()
+            }
+            | {"status": "ok", "method": arm}
+            for arm, best, centre in (("lora", lora, 3e-3), ("full", 1e-4, 1e-4))
+            for rate in (centre * 3 ** (step / 2) for step in (-1, 0, 1, 3 if arm == "lora" else 2))
+            for seed in range(8)
+        ]
+        base = {"run_id": "base", "comparisons": "runs", "method": "none", "base_weights": "full", HELDOUT: 3.6}
+        write_results("synthetic", [*rows, base], ["lora", "full"], model="toy", task="sums")
+        return ratio()
+
+    assert found(2.5e-3).value == found(2.5e-3, rise=5).value == pytest.approx(25)
+    assert found(9e-4).evidence["best rate of lora"] == pytest.approx(3e-3 / 3**0.5)  # an end
+    noisy = found(2.5e-3, noise=0.02)
+    assert noisy.low < 25 < noisy.high < 2 * noisy.low and noisy.n == 8
+    assert judge(Rule(at_least=15, at_most=40), noisy)[0] is Verdict.HOLDS
+    assert judge(Rule(equals=10, reads="about"), noisy)[0] is Verdict.WRONG
+
+
 def test_intervals_of_the_ratio_cover_the_truth() -> None:
     """A nominal 95 %; twenty studies leave room for chance."""
     covered = 0

@@ -279,8 +279,12 @@ def test_published_measurements_give_the_same_verdicts_without_weights() -> None
 
 
 def forgetting_world(prose: dict[str, Callable[[float], float]]) -> None:
-    """Writes the study `forgetting`: each arm's rise on prose is a function of its loss on the task."""
-    runs = write_runs("forgetting", {"lora": {}, "full": {}, "r64": {}, "lora-fast": {}})
+    """Writes the study `sums`: each arm's rise on prose is a function of its loss on the task.
+
+    LoRA runs at a second rate as well, under the name of `lora-fast`.
+    """
+    arms = {arm: {"comparisons": f"arm-{arm} rates-{arm}", "learning_rate": 1e-3} for arm in ("lora", "full", "r64")}
+    runs = write_runs("sums", {**arms, "lora-fast": {"comparisons": "rates-lora", "learning_rate": 4e-3}})
     losses = []
     ends = {"lora": 0.2, "r64": 0.2, "full": 0.5, "lora-fast": 0.3}
     for row in runs[runs["seed"].notna()].to_dict("records"):
@@ -293,8 +297,8 @@ def forgetting_world(prose: dict[str, Callable[[float], float]]) -> None:
         runs.loc[mine, "validation_nll_nats_per_token"] = end
         runs.loc[mine, "retention_bits_per_byte"] = 1.0 + prose[row["label"]](end) + jitter
     runs["retention_bits_per_byte_before"] = 1.0
-    runs.to_csv(results_folder("forgetting") / "runs.csv", index=False)
-    pd.DataFrame(losses).to_csv(results_folder("forgetting") / "losses.csv", index=False)
+    runs.to_csv(results_folder("sums") / "runs.csv", index=False)
+    pd.DataFrame(losses).to_csv(results_folder("sums") / "losses.csv", index=False)
 
 
 def line(slope: float) -> Callable[[float], float]:
@@ -302,28 +306,31 @@ def line(slope: float) -> Callable[[float], float]:
 
 
 def test_what_is_forgotten_is_compared_where_the_same_was_learned() -> None:
-    arms = {"lora": line(0.1), "r64": line(0.1), "full": line(0.2), "lora-fast": line(0.15)}
+    arms = {"lora": line(0.1), "lora-fast": line(0.15), "r64": line(0.1), "full": line(0.2)}
     forgetting_world(arms)
     assert verdicts_of("P7") == ["holds", "holds"]
-    found = judged("P7").deciding[0].found
+    best, along = (part.found for part in judged("P7").deciding)
     # Full fine-tuning ends at 0.5, which LoRA passed on its way to 0.2.
-    assert found.evidence["matched loss on the task, nats per token"] == pytest.approx(0.5)
-    assert found.value == pytest.approx(0.1 * 3.1, abs=0.002)
-    said = forgetting_sentence("forgetting")
-    assert "the difference from lora is +0.310 (full), +0.000 (r64), +0.165 (lora-fast)" in said
-    forgetting_world(arms | {"lora-fast": line(0.4)})
-    assert verdicts_of("P7") == ["holds", "wrong"]
+    assert best.evidence["matched loss on the task, nats per token"] == pytest.approx(0.5)
+    assert best.value == pytest.approx(0.1 * 3.1, abs=0.002)
+    # The frontier goes from there to 2, where least has been learned, and the lines are nearest.
+    assert along.evidence["loss on the task, nats per token"] == pytest.approx(2, rel=0.01)
+    assert along.value == pytest.approx(0.1 * 1.6, abs=0.002)
+    assert "the difference from lora is +0.310 (full), +0.000 (r64)" in forgetting_sentence("sums")
     # At its end LoRA has forgotten more, because it has learned more.
     forgetting_world(arms | {"lora": line(0.195)})
     found = judged("P7").deciding[0].found
     assert found.value > 0 > found.evidence["difference at the end of the training"]
-    forgetting_world(arms | {"lora": line(0.3), "lora-fast": line(0.4)})
+    # Along the frontier each arm runs at the rate that forgets least.
+    forgetting_world(arms | {"lora": line(0.3)})
+    assert verdicts_of("P7") == ["wrong", "holds"]
+    forgetting_world(arms | {"lora": line(0.3), "lora-fast": line(0.25)})
     assert verdicts_of("P7") == ["wrong", "wrong"]
 
 
 def test_a_study_that_scored_no_prose_says_so() -> None:
     forgetting_world(dict.fromkeys(("lora", "r64", "full", "lora-fast"), line(0.1)))
-    path = results_folder("forgetting") / "losses.csv"
+    path = results_folder("sums") / "losses.csv"
     pd.read_csv(path).assign(retention_bits_per_byte=np.nan).to_csv(path, index=False)
     with pytest.raises(Exception, match="prose was not scored along its training"):
-        forgetting.less_forgotten("forgetting", "lora", "full")
+        forgetting.less_forgotten("sums", "lora", "full")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
@@ -39,3 +39,31 @@ def matched_rises(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, flo
     loss = max(first["task"].min(), second["task"].min())
     one, other = (where_reached(curve["task"], curve["rise"], loss) for curve in (first, second))
     return loss, one, other
+
+
+def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[pd.Series]]:
+    """Returns for some losses on the task the rise on prose of each arm by seed, at the rate that forgets least there.
+
+    The losses are a factor of √2 apart, from the lowest that every arm reaches to four times that. A rate counts where
+    all its seeds reach the loss.
+    """
+    rates = [
+        [
+            dict(curves(study, runs))
+            for _, runs in study.rate_runs(arm).groupby("learning_rate")
+            if runs["status"].eq("ok").all()
+        ]
+        for arm in arms
+    ]
+    reached = [[max(float(curve["task"].min()) for curve in by_seed.values()) for by_seed in of_arm] for of_arm in rates]
+    lowest = max(map(min, reached))
+    found: dict[float, list[pd.Series]] = {}
+    for loss in (lowest * 2 ** (step / 2) for step in range(5)):
+        for of_arm, ends in zip(rates, reached, strict=True):
+            rises = [
+                pd.Series({seed: where_reached(curve["task"], curve["rise"], loss) for seed, curve in by_seed.items()})
+                for by_seed, end in zip(of_arm, ends, strict=True)
+                if end <= loss
+            ]
+            found.setdefault(loss, []).append(min(rises, key=lambda rise: float(rise.mean())))
+    return found

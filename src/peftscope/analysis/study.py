@@ -159,14 +159,21 @@ class StudyResults:
 
     @cached_property
     def _corrected(self) -> dict[frozenset[str], float]:
+        def p(arm: str, against: str) -> float:
+            try:
+                return self.difference(arm, against).p
+            except InputError:  # an arm is unfinished
+                return 1.0
+
         tested = [pair for pair in self.compared if not pair[0].endswith(A_A)]
-        corrected = holm([self.difference(*pair).p for pair in tested])
+        corrected = holm([p(*pair) for pair in tested])
         return dict(zip(map(frozenset, tested), corrected, strict=True))
 
     def corrected_p(self, arm: str, against: str) -> float | None:
         """Returns the p of a difference after Holm's correction for all comparisons, the A/A apart.
 
-        It is None for the A/A, and for arms that the study does not compare.
+        A comparison that is unfinished counts with a p of 1, with which those of the others are the largest that they
+        can become. It is None for the A/A, and for arms that the study does not compare.
         """
         return self._corrected.get(frozenset((arm, against)))
 
@@ -181,7 +188,7 @@ class StudyResults:
         An arm at the rate that was chosen for another one has borrowed it, with the error of that choice. At a multiple
         of it, or at a rate that was given, it has no such error.
         """
-        losses = self._losses(arm)
+        losses = self.losses_by_rate(arm)
         by_rate = {float(rate): trimmed_mean(list(losses[rate])) for rate in losses}
         if arm in self._entered and arm not in self._chosen:
             borrowed = self.settings.borrowed_rates.get(arm) if self.settings else None
@@ -196,9 +203,8 @@ class StudyResults:
 
     @property
     def arms_at_an_end(self) -> list[str]:
-        """The arms whose best of several rates is the lowest or the highest, so that a better one may lie beyond."""
-        tuned = {arm: rate for arm in self.arms if (rate := self.rate(arm)).is_tuned}
-        return [arm for arm, rate in tuned.items() if rate.best in (min(rate.losses), max(rate.losses))]
+        """The arms whose best of several rates lies at an end of them."""
+        return [arm for arm in self.arms if self.rate(arm).is_at_an_end]
 
     def rate_runs(self, arm: str) -> pd.DataFrame:
         """Returns the runs of an arm at all its rates, one row for each rate and seed.
@@ -206,10 +212,13 @@ class StudyResults:
         Raises:
             InputError: Some runs are missing.
         """
-        several = f"{RATES}{arm}"
-        return self._finished(several if len(self._members(several)) else f"{ARM}{arm}")
+        return self._finished(f"{RATES if self.has_several_rates(arm) else ARM}{arm}")
 
-    def _losses(self, arm: str) -> pd.DataFrame:
+    def has_several_rates(self, arm: str) -> bool:
+        """Returns whether an arm runs at several rates with the seeds of the study."""
+        return f"{RATES}{arm}" in self._places
+
+    def losses_by_rate(self, arm: str) -> pd.DataFrame:
         """Returns the held-out losses of an arm: a row for each seed, a column for each rate, ascending."""
         return self.rate_runs(arm).pivot_table(HELDOUT, "seed", "learning_rate")
 
@@ -351,7 +360,7 @@ class StudyResults:
 
     def pairs(self, arm: str, against: str) -> list[float]:
         """Returns how far an arm is ahead of another for each seed of both; see ``compare.pair_values``."""
-        mine, other = self._losses(arm), self._losses(against)
+        mine, other = self.losses_by_rate(arm), self.losses_by_rate(against)
         seeds = mine.index.intersection(other.index)
         first, second = (losses.loc[seeds].to_numpy().T.tolist() for losses in (mine, other))
         return pair_values(first, second)

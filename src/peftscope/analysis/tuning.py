@@ -48,6 +48,11 @@ class Rate:
         """Whether the arm ran at several rates on the seeds of the study."""
         return len(self.losses) > 1
 
+    @property
+    def is_at_an_end(self) -> bool:
+        """Whether the best of several rates is the lowest or the highest, so that a better one may lie beyond."""
+        return self.is_tuned and self.best in (min(self.losses), max(self.losses))
+
 
 def choose_rates(sweep: Sweep, number: int, *, finished_only: bool = False) -> Path:
     """Writes the rates at which each arm runs or, after the last of ``ROUNDS``, the best of them.
@@ -113,9 +118,13 @@ def choose_next(sweep: Sweep) -> Path:
 
 
 def choose_for_finished(sweep: Sweep) -> Sweep:
-    """Chooses further rates for arms whose runs have ended, before the others have, and returns the sweep with them."""
+    """Chooses the next rates, or the best one, of arms whose runs have ended before the others have.
+
+    Returns:
+        The sweep with the runs that follow.
+    """
     bases = [run for run, spec in sweep.runs.items() if spec.method.name == "none"]
-    for number in range(1, ROUNDS):
+    for number in range(1, ROUNDS + 1):
         ready = rates_path(sweep.name, number - 1).is_file() and _have_ended(bases)
         if ready and any(map(_have_ended, runs_to_choose_from(sweep, number).values())):
             choose_rates(sweep, number, finished_only=True)

@@ -98,6 +98,7 @@ class PartFinding:
             "curves": {name: {f"{x:g}": rounded(y) for x, y in curve.items()} for name, curve in found.curves.items()},
             "axes": list(found.axes),
             "run_ids": list(found.run_ids),
+            **({"matters": found.matters} if found.matters else {}),
             **({"spoiled_by": found.spoiled_by} if found.spoiled_by else {}),
             **({"contributed": True} if found.contributed else {}),
             **({"elsewhere": True} if self.elsewhere else {}),

@@ -60,6 +60,7 @@ def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measure
             curves={name: {float(x): y for x, y in curve.items()} for name, curve in part["curves"].items()},
             axes=tuple(part["axes"]),
             run_ids=tuple(part["run_ids"]),
+            matters=part.get("matters", 0.0),
             spoiled_by=part.get("spoiled_by", ""),
             contributed=part.get("contributed", False),
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import fmean
 
-from peftscope.analysis.forgetting import curves, matched_rises
+from peftscope.analysis.forgetting import curves, frontier, matched_rises
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 
@@ -37,3 +38,29 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
     }
     sample = [second - first for first, second in zip(firsts, seconds, strict=True)]
     return over_seeds(results, sample, evidence, (*runs["run_id"], *other["run_id"]))
+
+
+def least_forgotten(study: str, arm: str, against: str) -> Measurement:
+    """Returns how much less an arm has forgotten than another at equal loss, each at the rate that forgets least there.
+
+    Of the losses along that frontier, the one counts that says least for the arm which forgets less over all of them.
+
+    Args:
+        study: The study's experiment, whose arms run at several rates and score prose along the training.
+        arm: The arm.
+        against: The arm to compare with.
+    """
+    results = StudyResults(study)
+    along = frontier(results, (arm, against))
+    gaps = {loss: (theirs - mine).dropna() for loss, (mine, theirs) in along.items()}
+    means = {loss: float(gap.mean()) for loss, gap in gaps.items()}
+    sign = 1 if sum(means.values()) > 0 else -1
+    shown = min(means, key=lambda loss: sign * means[loss])
+    evidence: dict[str, Quantity] = {"loss on the task, nats per token": shown}
+    evidence |= {f"difference at a loss of {loss:.3g}": mean for loss, mean in means.items()}
+    runs = (run for name in (arm, against) for run in results.rate_runs(name)["run_id"])
+    found = over_seeds(results, gaps[shown], evidence, runs)
+    by_arm = {
+        name: {loss: float(rises[i].mean()) for loss, rises in along.items()} for i, name in enumerate((arm, against))
+    }
+    return replace(found, curves=by_arm, axes=("loss on the task, nats per token", "rise on prose, bits per byte"))

@@ -15,8 +15,8 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from peftscope.analysis.compare import compare
-from peftscope.analysis.stats import CONFIDENCE, sign_flip_p
-from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION, StudyResults, paired
+from peftscope.analysis.stats import CONFIDENCE, sign_flip_p, trimmed_mean
+from peftscope.analysis.study import ACCURACY, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 from peftscope.models.catalog import find_model
 
@@ -32,9 +32,14 @@ Farther out the loss rises more steeply. Within a factor of ten, LoRA's best rat
 def learning_rate_ratio(study: str, arm: str, against: str, resamples: int = 2000) -> Measurement:
     """Returns the ratio of the best learning rates of two arms with the 95 % interval of a bootstrap.
 
-    An arm's best rate is the minimum of a parabola, fitted to the validation losses of its tuning runs over the
-    logarithm of the rate, within one of ``REACHES`` of the rate with the lowest mean. The bootstrap draws the
-    residuals of both arms' fits from one pool and fits anew. A minimum is sought only among the rates that were tried.
+    The best rate of an arm that ran at several with the seeds of its study is the vertex of a parabola in the logarithm
+    of the rate. It goes through the lowest held-out loss, a mean without the best and the worst seed, and through those
+    at the rates to both sides; an arm whose lowest lies at an end has its best rate there. The bootstrap draws seeds,
+    the same for all arms, and finds the lowest anew.
+
+    In earlier studies the parabola is fitted to the validation losses of tuning runs within one of ``REACHES`` of the
+    rate with the lowest mean. The bootstrap draws the residuals of all arms' fits from one pool and fits anew. A
+    minimum is sought only among the rates that were tried.
 
     Raises:
         NotRunError: An arm has too few rates around its best for a fit with residuals.
@@ -82,25 +87,35 @@ def _over_rates(
         resamples: The number of samples.
         finish: Gives the quantity from what ``combine`` gives.
     """
-    runs = {name: results.tuning_runs(name) for name in arms}
-    fits = {name: _Fit.of(name, table) for name, table in runs.items()}
-    pool = np.concatenate([fit.residuals for fit in fits.values()])
-    random = np.random.default_rng(0)
-    draws = np.stack([fit.optima(random.choice(pool, (resamples, len(fit.x)))) for fit in fits.values()])
+    random, beside = np.random.default_rng(0), dict[str, Quantity]()
+    if all(results.has_several_rates(arm) for arm in arms):
+        runs = {name: results.rate_runs(name) for name in arms}
+        losses = {name: results.losses_by_rate(name) for name in arms}
+        n = min(map(len, losses.values()))
+        drawn = random.integers(n, size=(resamples, n))
+        draws = np.stack([_vertices(table, drawn) for table in losses.values()])
+        best = np.stack([_vertices(table, np.arange(n)[None]) for table in losses.values()])
+        means = {name: table.apply(trimmed_mean) for name, table in losses.items()}
+        kind = "held-out"
+    else:
+        runs = {name: results.tuning_runs(name) for name in arms}
+        fits = {name: _Fit.of(name, table) for name, table in runs.items()}
+        pool = np.concatenate([fit.residuals for fit in fits.values()])
+        n = len(pool)
+        draws = np.stack([fit.optima(random.choice(pool, (resamples, len(fit.x)))) for fit in fits.values()])
+        best = np.stack([fit.optima(np.zeros((1, len(fit.x)))) for fit in fits.values()])
+        means = {name: table.groupby("learning_rate")[VALIDATION].mean() for name, table in runs.items()}
+        kind, beside = "validation", {"spread of the residuals, nats per token": float(pool.std())}
     low, high = finish(np.quantile(combine(draws), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
-    best = np.stack([fit.optima(np.zeros((1, len(fit.x)))) for fit in fits.values()])
-    rates = zip(arms, best[:, 0], strict=True)
-    evidence: dict[str, Quantity] = {f"best rate of {name}": math.exp(value) for name, value in rates}
-    evidence["spread of the residuals, nats per token"] = float(pool.std())
-    losses = {name: table.groupby("learning_rate")[VALIDATION].mean() for name, table in runs.items()}
+    rates = {f"best rate of {name}": math.exp(value) for name, value in zip(arms, best[:, 0], strict=True)}
     return Measurement(
         float(finish(combine(best)[0])),
         low=float(low),
         high=float(high),
-        n=len(pool),
-        evidence=evidence,
-        curves={name: means.dropna().to_dict() for name, means in losses.items()},
-        axes=("learning rate", "validation loss, nats per token"),
+        n=n,
+        evidence=rates | beside,
+        curves={name: curve.dropna().to_dict() for name, curve in means.items()},
+        axes=("learning rate", f"{kind} loss, nats per token"),
         model=results.subject,
         run_ids=tuple(run for table in runs.values() for run in table["run_id"]),
     )
@@ -116,7 +131,8 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
     found = _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
-    return replace(found, p_adjusted=results.corrected_p(arm, against))
+    is_tuned = results.rate(arm).is_tuned and results.rate(against).is_tuned
+    return replace(found, p_adjusted=results.corrected_p(arm, against), matters=MARGIN * is_tuned)
 
 
 def _means(both: pd.DataFrame, first: str, second: str) -> dict[str, Quantity]:
@@ -128,7 +144,7 @@ def _doubts(results: StudyResults, runs: dict[str, pd.DataFrame]) -> dict[str, Q
     """Returns how many runs of some arms diverged, and which arms' best rates lie at an end of their lists."""
     endings = pd.concat(list(runs.values()))["status"]
     found: dict[str, Quantity] = {"runs that diverged": int((endings == "diverged").sum())}
-    if at_an_end := [arm for arm in runs if arm in results.arms_at_an_end]:
+    if at_an_end := [arm for arm in runs if results.rate(arm).is_at_an_end]:
         found["best rate at an end of its list"] = ", ".join(at_an_end)
     return found
 
@@ -358,3 +374,22 @@ class _Fit:
         curvature, slope = np.linalg.lstsq(self.design, (self.fitted + noise).T, rcond=None)[0][:2]
         grid = np.linspace(self.x.min(), self.x.max(), 401)
         return grid[np.argmin(np.outer(curvature, grid**2) + np.outer(slope, grid), axis=1)]
+
+
+def _vertices(losses: pd.DataFrame, drawn: np.ndarray) -> np.ndarray:
+    """Returns the logarithm of an arm's best rate for some draws of its seeds.
+
+    Args:
+        losses: The losses of the arm, a row for each seed, a column for each rate, ascending.
+        drawn: The places of the seeds of each draw, of shape (draws, seeds).
+    """
+    rates = np.log(losses.columns.to_numpy(dtype=float))
+    means = np.array([[trimmed_mean(of_rate) for of_rate in draw.T.tolist()] for draw in losses.to_numpy()[drawn]])
+    lowest = means.argmin(axis=1)
+    middle = lowest.clip(1, len(rates) - 2)
+    x0, x1, x2 = (rates[middle + step] for step in (-1, 0, 1))
+    y0, y1, y2 = (np.take_along_axis(means, (middle + step)[:, None], axis=1)[:, 0] for step in (-1, 0, 1))
+    slope = (y1 - y0) / (x1 - x0)
+    curvature = ((y2 - y1) / (x2 - x1) - slope) / (x2 - x0)
+    is_inside = lowest == middle
+    return np.where(is_inside, (x0 + x1) / 2 - slope / (2 * np.where(is_inside, curvature, 1)), rates[lowest])
