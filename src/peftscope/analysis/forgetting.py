@@ -55,7 +55,9 @@ def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[pd.Se
         ]
         for arm in arms
     ]
-    reached = [[max(float(curve["task"].min()) for curve in by_seed.values()) for by_seed in of_arm] for of_arm in rates]
+    reached = [
+        [max(float(curve["task"].min()) for curve in by_seed.values()) for by_seed in of_arm] for of_arm in rates
+    ]
     lowest = max(map(min, reached))
     found: dict[float, list[pd.Series]] = {}
     for loss in (lowest * 2 ** (step / 2) for step in range(5)):
