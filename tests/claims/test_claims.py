@@ -200,7 +200,7 @@ WIDE = {"low": -1.0, "high": 3.0, "n": 3, "samples": (-0.5, 1.0, 2.5)}
         ({"better_by": 0}, {"value": 1.0, **NARROW}, Verdict.HOLDS),
         ({"better_by": 0}, {"value": -1.0, "low": -1.1, "high": -0.9, "samples": (-1.0, -1.1)}, Verdict.WRONG),
         ({"better_by": 0}, {"value": 1.0, **WIDE}, Verdict.OPEN),
-        ({"better_by": 0}, {"value": 1.0, **NARROW, "p_adjusted": 0.06, "matters": 2}, Verdict.WRONG),
+        ({"better_by": 0}, {"value": 0.0, "low": -1, "high": 1, "samples": (-0.1, 0.1), "matters": 2}, Verdict.WRONG),
         ({"better_by": 0}, {"value": 1.0, **WIDE, "matters": 2}, Verdict.OPEN),
         ({"better_by": 2}, {"value": 1.0, **NARROW}, Verdict.WRONG),
         ({"same_within": 2}, {"value": 1.0, **NARROW}, Verdict.HOLDS),

@@ -46,6 +46,9 @@ def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[pd.Se
 
     The losses are a factor of √2 apart, from the lowest that every arm reaches to four times that. A rate counts where
     all its seeds reach the loss.
+
+    Raises:
+        InputError: The study did not score prose along its training, or a seed diverged at every rate of an arm.
     """
     rates = [
         [
@@ -58,6 +61,11 @@ def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[pd.Se
     reached = [
         [max(float(curve["task"].min()) for curve in by_seed.values()) for by_seed in of_arm] for of_arm in rates
     ]
+    if not all(reached):
+        remedy = "add lower rates to its file"
+        raise InputError(
+            Problem(f"the study `{study.name}`", "an arm has no rate at which all seeds ended well", remedy)
+        )
     lowest = max(map(min, reached))
     found: dict[float, list[pd.Series]] = {}
     for loss in (lowest * 2 ** (step / 2) for step in range(5)):

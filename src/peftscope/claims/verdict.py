@@ -180,12 +180,11 @@ def judge(rule: Rule, measurement: Measurement, unit: str = "") -> tuple[Verdict
         if low == high == 0:
             return Verdict.WRONG, "there is no difference at all"
         corrected = measurement.p_adjusted
-        is_doubtful = corrected is not None and corrected >= ALPHA
         matters = 0.0 if rule.better_by else measurement.matters
         is_small = matters > 0 and compare(measurement.samples, matters, measurement.tuning_error).is_same
-        if is_small and (is_doubtful or low <= 0 <= high):
+        if is_small and low <= 0 <= high:
             return Verdict.WRONG, f"no difference that matters: within ±{_told(matters, unit)}"
-        if is_doubtful and (low > 0 or high < 0):
+        if (low > 0 or high < 0) and corrected is not None and corrected >= ALPHA:
             return Verdict.OPEN, f"the interval excludes 0, but p = {corrected:.3g} after the study's correction"
         if high < 0 or high < least:
             return Verdict.WRONG, ""
