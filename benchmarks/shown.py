@@ -30,7 +30,7 @@ SHOWN: dict[str, tuple[str, list[int]]] = {
 STUDY = ("peftscope new-study lora_fa.py --world B --steps 40 --seeds 3", [-5, -3, -2, -1])
 """The same of the page on a method of one's own, without the lines on time, which differ from machine to machine."""
 NAME = "lora-fa-study-world-b-40-steps-3-seeds"
-VERDICT = (f"peftscope table {NAME} --markdown", [*range(5)])
+VERDICT = (f"peftscope table {NAME} --markdown", [*range(4)])
 """The study that the command writes, and what shows its verdict once it has run."""
 
 
