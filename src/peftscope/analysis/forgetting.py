@@ -69,11 +69,11 @@ def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[pd.Se
     lowest = max(map(min, reached))
     found: dict[float, list[pd.Series]] = {}
     for loss in (lowest * 2 ** (step / 2) for step in range(5)):
-        for of_arm, ends in zip(rates, reached, strict=True):
+        for of_arm in rates:
             rises = [
                 pd.Series({seed: where_reached(curve["task"], curve["rise"], loss) for seed, curve in by_seed.items()})
-                for by_seed, end in zip(of_arm, ends, strict=True)
-                if end <= loss
+                for by_seed in of_arm
             ]
-            found.setdefault(loss, []).append(min(rises, key=lambda rise: float(rise.mean())))
+            reaching = [rise for rise in rises if rise.notna().all()]
+            found.setdefault(loss, []).append(min(reaching, key=lambda rise: float(rise.mean())))
     return found

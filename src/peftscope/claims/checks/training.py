@@ -384,12 +384,14 @@ def _vertices(losses: pd.DataFrame, drawn: np.ndarray) -> np.ndarray:
         drawn: The places of the seeds of each draw, of shape (draws, seeds).
     """
     rates = np.log(losses.columns.to_numpy(dtype=float))
-    means = np.array([[trimmed_mean(of_rate) for of_rate in draw.T.tolist()] for draw in losses.to_numpy()[drawn]])
-    lowest = means.argmin(axis=1)
-    middle = lowest.clip(1, len(rates) - 2)
-    x0, x1, x2 = (rates[middle + step] for step in (-1, 0, 1))
-    y0, y1, y2 = (np.take_along_axis(means, (middle + step)[:, None], axis=1)[:, 0] for step in (-1, 0, 1))
-    slope = (y1 - y0) / (x1 - x0)
-    curvature = ((y2 - y1) / (x2 - x1) - slope) / (x2 - x0)
-    is_inside = lowest == middle
-    return np.where(is_inside, (x0 + x1) / 2 - slope / (2 * np.where(is_inside, curvature, 1)), rates[lowest])
+
+    def vertex(means: list[float]) -> float:
+        lowest = int(np.argmin(means))
+        if lowest in (0, len(means) - 1):
+            return float(rates[lowest])
+        near = slice(lowest - 1, lowest + 2)
+        curvature, slope, _ = np.polyfit(rates[near], means[near], 2)
+        return float(-slope / (2 * curvature))
+
+    by_draw = (draw.T.tolist() for draw in losses.to_numpy()[drawn])
+    return np.array([vertex(list(map(trimmed_mean, of_rates))) for of_rates in by_draw])
