@@ -105,19 +105,21 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     verdict = Verdict(finding["verdict"])
     parts = sorted(finding["parts"], key=lambda part: part["role"] == "beside")
     open_parts = [part for part in deciding(finding) if part["verdict"] == Verdict.OPEN]
-    key = key_part(finding)
+    key, short = key_part(finding), short_scope(claim.scope)
     others = [part for part in deciding(finding) if part["found"] is not None and part is not key]
     worlds = {part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None}
+    known = finding["known"].replace(f" on {min(worlds)}", "") if len(worlds) == 1 else finding["known"]
+    rest = claim.scope.removeprefix(short).lstrip(",; ")
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
         "claim": claim,
         "finding": finding,
         "key": spoken_finding(key) if key else "-",
         "drawing": interval(key) if key else "",
-        "short": short_scope(claim.scope),
+        "short": short,
         "found": spoken_finding(finding),
         "also": spoken_finding({"parts": others}) if others else "",
-        "told_known": finding["known"].replace(f" on {min(worlds)}", "") if len(worlds) == 1 else finding["known"],
+        "basis": "; ".join(filter(None, [known, rest])) if known else rest and f"for {rest}",
         "worlds": worlds or {NO_WORLD},
         "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),

@@ -19,7 +19,7 @@ from peftscope.memory.answer import AGREEMENT_FILE
 from peftscope.models.catalog import find_model
 from peftscope.planning.experiment import experiment_path, read_experiment
 from peftscope.report.claims import COLOURS, ROWS, row_of
-from peftscope.report.spoken import deciding, short_scope
+from peftscope.report.spoken import deciding, short_scope, spoken_worlds
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.worlds import WORLDS_FIGURE, show_worlds
 from peftscope.words import counted
@@ -81,8 +81,7 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         page.write_text(with_numbers(page.read_text(), basis))
     if PAPER.is_file():
         agreement = json.loads(AGREEMENT_FILE.read_text())
-        numbers: dict[str, Any] = {
-            "claims": len(findings),
+        numbers = basis | {
             **{str(verdict): count for verdict, count in counts.items()},
             "questions": agreement["questions"],
             "mean difference": agreement["allocated_percent"]["mean"],
@@ -97,10 +96,12 @@ def rests_on(findings: list[dict[str, Any]]) -> dict[str, Any]:
     shape = find_model(settings.fixed["model"]).shape
     assert shape is not None
     assert settings.study is not None
+    worlds = list(dict.fromkeys(world for finding in findings for world in finding["worlds"]))
     return {
         "claims": len(findings),
         "trained": sum(row_of(finding) == next(iter(ROWS)) for finding in findings),
-        "worlds": counted(len({world for finding in findings for world in finding["worlds"]}), "world"),
+        "worlds": counted(len(worlds), "world"),
+        "where": spoken_worlds(worlds),
         "millions": round(shape.parameters / 1e6),
         "steps": settings.fixed["steps"],
         "seeds": len(settings.study.seeds),

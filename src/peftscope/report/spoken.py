@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from peftscope.claims.verdict import Verdict
@@ -78,15 +79,31 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
 
     >>> spoken_verdict({"verdict": "holds", "worlds": ["smollm2-135m, two-digit-sums"]})
     'holds here (1 world)'
-    >>> spoken_verdict({"verdict": "holds in part", "worlds": ["A", "B"], "in_worlds": {"A": "holds", "B": "wrong"}})
-    'holds in part: holds in A, wrong in B'
+    >>> spoken_verdict({"verdict": "holds in part", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "wrong"}})
+    'holds in part: holds for m on x, wrong for m on y'
     """
     worlds, judged = len(finding["worlds"]), finding.get("in_worlds", {})
     if judged:
-        alike = {*judged.values()} == {finding["verdict"]}
-        each = ", ".join(f"{verdict} in {world}" for world, verdict in judged.items())
+        where: dict[str, list[str]] = {}
+        for world, verdict in judged.items():
+            where.setdefault(verdict, []).append(world)
+        each = ", ".join(f"{verdict} for {spoken_worlds(those)}" for verdict, those in where.items())
+        alike = [*where] == [finding["verdict"]]
         return finding["verdict"] + (f" in {len(judged)} of {len(judged)} worlds" if alike else f": {each}")
     return finding["verdict"] + ("" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)")
+
+
+def spoken_worlds(worlds: Iterable[str]) -> str:
+    """Returns worlds, each a model with a task, in words: the tasks of one model together.
+
+    >>> spoken_worlds(["m-1, two-digit-sums", "m-1, pronunciation", "m-2, pronunciation"])
+    'm-1 on two-digit-sums and pronunciation; m-2 on pronunciation'
+    """
+    tasks: dict[str, list[str]] = {}
+    for world in worlds:
+        model, task = world.split(", ")
+        tasks.setdefault(model, []).append(task)
+    return "; ".join(f"{model} on {' and '.join(names)}" for model, names in tasks.items())
 
 
 def spoken_moves(finding: dict[str, Any]) -> str:
