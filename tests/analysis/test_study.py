@@ -748,11 +748,11 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(unt
         publish("mine")
     assert restore("mine") == 10
     assert chosen.read_text() == rates
-    tables = Path("results/published/mine/tables")
-    tables.mkdir()  # as if the study had been published whole
-    with pytest.raises(InputError, match=r"no new runs, .*missing here.*make report EXPERIMENT=mine"):
+    drawn = Path("results/published/mine/figures/updates.svg")
+    drawn.touch()  # as if the weights of adapters that are gone had been measured
+    with pytest.raises(InputError, match=r"updates.svg: is missing here.*make report EXPERIMENT=mine"):
         publish("mine")
-    tables.rmdir()
+    drawn.unlink()
     after = {p.parent.name: p.read_bytes() for p in Path("results/runs").glob("*/record.json")}
     # What is there already is left alone.
     assert [run for run in before if after[run] != before[run]] == [members("tune-lora")[0]]
@@ -785,10 +785,13 @@ def test_arms_that_have_their_best_rate_are_compared_before_the_others_have_run(
             record(run, heldout=BASE_LOSS - GAINS[arm][spec.seed] + 0.1 * (not middle))
     record(members("runs")[0], heldout=BASE_LOSS)
     publish("mine")
-    for run in control_runs("shuffled-labels"):
+    for run in [run for control in ("a-a", "zero-lr", "shuffled-labels") for run in control_runs(control)]:
         record(run, heldout=2.5)
+    publish("mine")
+    page = Path("reports/published/mine/report.html").read_text()
+    assert "Not compared: thin (not finished)." in page and "<td>full fine-tuning</td>" in page
     study = collected()
-    assert list(study.left_out) == [] and study.rate("full").best == 1e-4
+    assert study.left_out == {"thin": "not finished"} and study.rate("full").best == 1e-4
     found = training.heldout_gain("mine", "full", "lora")
     assert found.p_adjusted == pytest.approx(2 * study.difference("full", "lora").p)
     with pytest.raises(InputError, match="not finished"):

@@ -38,6 +38,8 @@ ACCURACY, GREEDY = "exact_match_fraction", "greedy_match_fraction"
 LOWEST = "lowest_validation_nll_nats_per_token"
 MARGIN = 0.025
 """Arms whose losses differ by less than this share of the task gain count as the same, unless a claim has its own."""
+UNFINISHED = "not finished"
+"""The reason for which an arm without a best rate is left out."""
 PLANNED = 0.02
 """The half-width of the interval of a difference that a study plans for, as a share of the task gain."""
 
@@ -97,12 +99,15 @@ class StudyResults:
 
     @cached_property
     def left_out(self) -> dict[str, str]:
-        """The arms that could not be tuned, each with the reason. It is empty until the tuning is done."""
-        return {arm: chosen["reason"] for arm, chosen in (self._tuned or {}).items() if not chosen["learning_rate"]}
+        """The arms without a rate, each with the reason. It is empty until a rate is chosen."""
+        if self._tuned is None:
+            return {}
+        waiting = dict.fromkeys((arm for arm in self._entered if f"{ARM}{arm}" not in self._places), UNFINISHED)
+        return waiting | {arm: rate["reason"] for arm, rate in self._tuned.items() if not rate["learning_rate"]}
 
     @property
     def arms(self) -> list[str]:
-        """The names of the arms that could be tuned, in the order of the experiment file."""
+        """The names of the arms that have a rate, in the order of the experiment file."""
         return [arm for arm in self._entered if not {arm, arm.removesuffix(A_A)} & set(self.left_out)]
 
     @cached_property
@@ -154,8 +159,11 @@ class StudyResults:
     @property
     def compared(self) -> list[tuple[str, str]]:
         """The arms that are compared: each with the reference, then the contrasts that the study's file adds."""
-        added = [pair for pair in self.settings.contrasts if set(pair) <= set(self.arms)] if self.settings else []
-        return [(arm, self.reference) for arm in self.arms if arm != self.reference] + added
+        return self._pairs_of(self.arms)
+
+    def _pairs_of(self, arms: list[str]) -> list[tuple[str, str]]:
+        added = [pair for pair in self.settings.contrasts if set(pair) <= set(arms)] if self.settings else []
+        return [(arm, self.reference) for arm in arms if arm != self.reference] + added
 
     @cached_property
     def _corrected(self) -> dict[frozenset[str], float]:
@@ -165,7 +173,8 @@ class StudyResults:
             except InputError:  # an arm is unfinished
                 return 1.0
 
-        tested = [pair for pair in self.compared if not pair[0].endswith(A_A)]
+        counted = [arm for arm in self._entered if self.left_out.get(arm, UNFINISHED) == UNFINISHED]
+        tested = [pair for pair in self._pairs_of(counted) if not pair[0].endswith(A_A)]
         corrected = holm([p(*pair) for pair in tested])
         return dict(zip(map(frozenset, tested), corrected, strict=True))
 

@@ -29,7 +29,7 @@ from peftscope.report.spoken import (
     spoken_verdict,
 )
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
-from peftscope.words import spoken_number
+from peftscope.words import capitalised, spoken_number
 
 COLOURS = {
     Verdict.HOLDS: "#2a7f4f",
@@ -106,7 +106,8 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     parts = sorted(finding["parts"], key=lambda part: part["role"] == "beside")
     open_parts = [part for part in deciding(finding) if part["verdict"] == Verdict.OPEN]
     key, short = key_part(finding), short_scope(claim.scope)
-    others = [part for part in deciding(finding) if part["found"] is not None and part is not key]
+    said = spoken_finding(key) if key else "-"
+    others = [part for part in deciding(finding) if part["found"] is not None and spoken_finding(part) != said]
     worlds = {part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None}
     known = finding["known"].replace(f" on {min(worlds)}", "") if len(worlds) == 1 else finding["known"]
     rest = claim.scope.removeprefix(short).lstrip(",; ")
@@ -114,12 +115,12 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     return {
         "claim": claim,
         "finding": finding,
-        "key": spoken_finding(key) if key else "-",
+        "key": said,
         "drawing": interval(key) if key else "",
         "short": short,
         "found": spoken_finding(finding),
         "also": spoken_finding({"parts": others}) if others else "",
-        "basis": "; ".join(filter(None, [known, rest])) if known else rest and f"for {rest}",
+        "basis": capitalised("; ".join(filter(None, [known, rest]))) if known else rest and f"For {rest}",
         "worlds": worlds or {NO_WORLD},
         "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),

@@ -184,8 +184,9 @@ def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
 
 def _warnings(runs: pd.DataFrame) -> list[str]:
     cards = ", ".join(card for card in runs["gpu"].dropna().unique() if without_bf16(card))
-    lost = int((runs["status"] != "ok").sum())
+    lost, waiting = int((~runs["status"].isin(["ok", "missing"])).sum()), int((runs["status"] == "missing").sum())
     said = {
+        f"This study is not finished: {waiting} of {len(runs)} runs are left.": waiting,
         "These runs come from more than one commit of the code. A difference between two of them may come from a "
         "change of the code; the changelog lists such changes as results-affecting.": runs["git_commit"].nunique() > 1,
         "Some runs come from a working tree with uncommitted changes.": runs["git_dirty"].eq(True).any(),

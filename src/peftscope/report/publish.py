@@ -33,12 +33,14 @@ from peftscope.layout import (
     run_folder,
 )
 from peftscope.planning.experiment import experiment_path
+from peftscope.planning.plan import Plan
 from peftscope.planning.published import LARGEST_BYTES, RECORDS, published_items, published_records, write_runs
-from peftscope.planning.sweep import Sweep, expand
+from peftscope.planning.sweep import expand
 from peftscope.record import RESTORED, measured_path, parse_record, state_folder
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.leaderboard import read_sections, write_leaderboard
+from peftscope.report.page import write_all
 
 MEMORY_FILES = ("grid.svg", "bars.svg")
 """The files that finished results without a run must have."""
@@ -101,16 +103,16 @@ def publish_memory() -> list[Path]:
 def publish_experiment(experiment: str) -> list[Path]:
     """Copies runs, tables, figures and report, and returns the two folders.
 
+    Of an unfinished study these are what its finished runs and arms give, so that ``restore`` can continue it.
+
     Raises:
-        InputError: The experiment is not finished, or a file is too large to commit.
+        InputError: Nothing has run, a published run or figure is missing here, or a file is too large to commit.
     """
     experiment_path(experiment)
     source, page = results_folder(experiment), report_path(experiment)
+    results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
     if not (source / "all-runs-ended-well").is_file():
-        sweep = expand(experiment)
-        if sweep.experiment.study and any(record_path(run).is_file() for run in sweep.runs):
-            return _publish_unfinished(sweep)
-        raise InputError(Problem(str(source), "the experiment is not finished", f"make report EXPERIMENT={experiment}"))
+        _write_unfinished(experiment)
     _keep_directions(experiment)
     wanted = [
         source / "runs.csv",
@@ -119,11 +121,11 @@ def publish_experiment(experiment: str) -> list[Path]:
         *(path for kind in ("csv", "parquet", "md") for path in sorted(source.glob(f"tables/*.{kind}"))),
         *sorted(source.glob("figures/*.svg")),
     ]
-    results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
-    runs = [run_folder(run) for run in read_runs(experiment)["run_id"]]
-    if gone := [run for run in runs if not (run / "record.json").is_file()]:
-        remedy = f"remove {source} and {page.parent}, then make report EXPERIMENT={experiment}"
-        raise InputError(Problem(str(gone[0]), "this run is missing here", remedy))
+    remedy = f"remove {source} and {page.parent}, then make report EXPERIMENT={experiment}"
+    lost = [path for path in results.glob("figures/*.svg") if not (source / "figures" / path.name).is_file()]
+    runs = [run_folder(run) for run in read_runs(experiment).query("status != 'missing'")["run_id"]]
+    if gone := lost + [run for run in runs if not (run / "record.json").is_file()]:
+        raise InputError(Problem(str(gone[0]), "is missing here", remedy))
     _check_sizes([page, *wanted])
     _copy([page], page.parent, report)
     _copy(wanted, source, results)
@@ -132,28 +134,19 @@ def publish_experiment(experiment: str) -> list[Path]:
     return [results, report]
 
 
-def _publish_unfinished(sweep: Sweep) -> list[Path]:
-    """Publishes the finished runs of an unfinished study without a report, so that ``restore`` can continue it."""
+def _write_unfinished(experiment: str) -> None:
+    """Collects the finished runs of an unfinished study, chooses the rates that follow from them, and writes its page."""
+    sweep = expand(experiment)
+    if not sweep.experiment.study or not any(record_path(run).is_file() for run in sweep.runs):
+        message, remedy = "the experiment is not finished", f"make report EXPERIMENT={experiment}"
+        raise InputError(Problem(str(results_folder(experiment)), message, remedy))
     sweep = choose_for_finished(sweep)
-    experiment = sweep.name
     collect_experiment(sweep)
-    source, results = results_folder(experiment), PUBLISHED_RESULTS / experiment
-    made = [run for run in sweep.runs if record_path(run).is_file()]
-    before = published_records(experiment) if (results / RECORDS).is_file() else {}
-    lost = set(before) - set(made)
-    if lost:
+    before = published_records(experiment) if (PUBLISHED_RESULTS / experiment / RECORDS).is_file() else {}
+    if lost := {run for run in before if not record_path(run).is_file()}:
         message = f"{len(lost)} published runs are missing here, such as {min(lost)}"
         raise InputError(Problem(str(RUNS), message, f"peftscope restore {experiment}"))
-    if len(made) == len(before) and (results / "tables").is_dir():
-        message = "there are no new runs, and the published ones have tables and figures, which are missing here"
-        raise InputError(Problem(str(source), message, f"make report EXPERIMENT={experiment} makes them"))
-    _keep_directions(experiment)
-    found = [directions_path(experiment), weights_path(source)]
-    wanted = [source / "runs.csv", *_chosen_rates(source), *filter(Path.is_file, found)]
-    _check_sizes(wanted)
-    _copy(wanted, source, results)
-    write_runs(results, map(run_folder, made))
-    return [results]
+    write_all(Plan(sweep))
 
 
 def _chosen_rates(folder: Path) -> list[Path]:
