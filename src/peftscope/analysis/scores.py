@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -37,7 +38,7 @@ def read_scores(source: str, metric: str | None = None) -> list[Scored]:
     Raises:
         InputError: There is nothing of this name, it is none of the formats, or it has no such score.
     """
-    parts = [source] if _exists(source) else [part.strip() for part in source.split(",") if part.strip()]
+    parts = [source] if os.path.exists(source) else [part.strip() for part in source.split(",") if part.strip()]
     if not parts:
         raise InputError(Problem(shown(source), "names nothing", NAMES))
     runs = [run for part in parts for run in _read(part, metric)]
@@ -46,15 +47,8 @@ def read_scores(source: str, metric: str | None = None) -> list[Scored]:
     return runs
 
 
-def _exists(text: str) -> bool:
-    try:
-        return text != "" and Path(text).exists()  # nothing is no name of this folder
-    except (OSError, ValueError):  # too long for a name, or a NUL in it
-        return False
-
-
 def _read(source: str, metric: str | None) -> list[Scored]:
-    if _exists(source):
+    if os.path.exists(source):
         path = Path(source)
         return _read_folder(path, metric) if path.is_dir() else _read_file(path, metric)
     study, _, arm = source.partition(":")

@@ -6,11 +6,9 @@ import inspect
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     ValidationError,
@@ -23,12 +21,11 @@ from pydantic import (
 from peftscope.claims.checks import known_checks
 from peftscope.claims.verdict import Rule, Verdict
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.content import read_yaml
-from peftscope.files.problems import dotted, problems_of
+from peftscope.files.content import Strict, read_yaml
+from peftscope.files.problems import dotted, problems_of, validated
 from peftscope.layout import CLAIMS_FILE, CLAIMS_HISTORY, shipped
 from peftscope.planning.experiment import WORLDS, experiment_path, read_experiment
 
-Content = TypeVar("Content", bound=BaseModel)
 Kind = Literal["software", "arithmetic", "numerics", "sampling", "simulation", "training", "gpu", "literature"]
 DETERMINISTIC: tuple[Kind, ...] = ("software", "arithmetic", "numerics", "sampling", "simulation")
 """The kinds whose checks give the same quantity on every run of one machine."""
@@ -47,14 +44,12 @@ def _rows_of(check: str) -> tuple[str, str]:
     return check.partition(".")[0], check
 
 
-class Part(BaseModel):
+class Part(Strict):
     """One quantity of a claim: how it is measured and when the claim holds, or why it is not measured.
 
     An answer may hold the value as ``{found}``, without its sign as ``{size}``, or as ``{lead}``, with “ahead of” or
     “behind” in place of the sign.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Kind
     quotes: Annotated[str, Field(description="the words of the source that this part tests, if it decides")] = ""
@@ -120,10 +115,8 @@ class Part(BaseModel):
         return self.role != "beside"
 
 
-class Change(BaseModel):
+class Change(Strict):
     """A change of what decides a claim."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     claim: str
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
@@ -133,10 +126,8 @@ class Change(BaseModel):
     why: Annotated[str, Field(min_length=1)]
 
 
-class Claim(BaseModel):
+class Claim(Strict):
     """One claim of the literature."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: Annotated[str, Field(alias="its.id", pattern=r"^[SP]\d{1,3}$")]
     statement: Annotated[str, Field(min_length=1, description="what is claimed, in our words")]
@@ -177,24 +168,18 @@ _WRITTEN = {name for model in (Claim, Part, Rule) for name, field in model.model
 """The fields that an entry of the file may have."""
 
 
-class _Shared(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _Shared(Strict):
     kind: Kind | None = None
     unit: str = ""
 
 
-class _Ledger(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _Ledger(Strict):
     checks: dict[str, _Shared] = {}
     topics: dict[str, list[str]] = {}
     claims: dict[str, dict[str, dict[str, Any]]]
 
 
-class _History(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _History(Strict):
     changes: list[Change]
 
     @field_validator("changes", mode="before")
@@ -224,7 +209,7 @@ def read_ledger(path: Path | None = None, checks: bool = True) -> tuple[Claim, .
         InputError: The file has problems; the error lists all of them.
     """
     path = path or shipped(CLAIMS_FILE)
-    ledger = _read(path, _Ledger, set(_Ledger.model_fields))
+    ledger = validated(_Ledger, read_yaml(path), path, _Ledger.model_fields)
     shared = {name: row.model_dump(exclude_unset=True) for name, row in ledger.checks.items()}
     topics = {name: topic for topic, names in ledger.topics.items() for name in names}
     claims: dict[str, Claim] = {}
@@ -269,18 +254,12 @@ def read_history(path: Path | None = None) -> tuple[Change, ...]:
     Raises:
         InputError: The file has problems; the error lists all of them.
     """
-    return tuple(_read(path or shipped(CLAIMS_HISTORY), _History, set(Change.model_fields)).changes)
-
-
-def _read(path: Path, content: type[Content], known: set[str]) -> Content:
-    try:
-        return content.model_validate(read_yaml(path))
-    except ValidationError as error:
-        raise InputError(problems_of(error, lambda loc: f"{path}: {dotted(loc)}", known)) from None
+    path = path or shipped(CLAIMS_HISTORY)
+    return tuple(validated(_History, read_yaml(path), path, Change.model_fields).changes)
 
 
 @cache
-def _parameters(check: str) -> type[BaseModel]:
+def _parameters(check: str) -> type[Strict]:
     """Returns a pydantic model of a check's parameters from its signature. Whole numbers must not be negative."""
     function = known_checks()[check]
     types = get_type_hints(function)
@@ -291,7 +270,7 @@ def _parameters(check: str) -> type[BaseModel]:
         )
         for name, parameter in inspect.signature(function).parameters.items()
     }
-    return create_model(check, __config__=ConfigDict(extra="forbid"), **fields)
+    return create_model(check, __base__=Strict, **fields)
 
 
 def _problems_of_check(part: Part, where: str) -> list[Problem]:

@@ -83,9 +83,6 @@ def over_seeds(
     """Returns the mean of values, one per seed, with its interval, which includes the error that tuning adds.
 
     Args:
-        results: The study.
-        values: The values.
-        evidence: What explains them.
         runs: The ids of the runs behind them, each once or more often.
         tuning_error: The standard error that the choice of learning rates adds.
 
@@ -117,12 +114,9 @@ def log_slope(
     """Returns the mean slope of log(value) over log(size), one slope for each seed, with its interval.
 
     Args:
-        sizes: The sizes.
-        seeds: How many seeds there are.
         value: The value for a seed and a size.
         quantity: The name of the value.
         axis: The name of the size.
-        model: What was measured.
     """
     import numpy as np  # not for those who read what was published
 

@@ -19,7 +19,6 @@ from peftscope.claims.measurement import NotRunError
 from peftscope.evaluation.retention import prose
 from peftscope.models.catalog import LOCAL, model_folder
 from peftscope.models.presets import PRESETS
-from peftscope.models.shapes import ModelShape
 
 TINY = "a Llama of two layers, 64 wide, with random weights"
 """The description of ``tiny_llama`` for readers."""
@@ -28,11 +27,6 @@ STORY_SHA256 = "e9048bcd282207d6f093bff92b3ad7c94689352205105c3716f0fdf5e245a25c
 WINDOW_TOKENS = 128
 
 BLOCK_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def shape_of(preset: str) -> ModelShape:
-    """Returns the shape of a preset of the memory calculator."""
-    return PRESETS[preset][1]
 
 
 def tiny_llama(seed: int = 0, dtype: str = "float32", **sizes: Any) -> Any:
@@ -59,7 +53,7 @@ def tiny_llama(seed: int = 0, dtype: str = "float32", **sizes: Any) -> Any:
 def meta_model(preset: str) -> Any:
     """Returns a preset's model on ``meta``, with all modules and shapes but without weights."""
     with torch.device("meta"):
-        return random_model(shape_of(preset).to_config())
+        return random_model(PRESETS[preset].shape.to_config())
 
 
 def random_model(config: Mapping[str, Any]) -> Any:
@@ -127,12 +121,7 @@ def text_windows(model: str, count: int) -> torch.Tensor:
 
 
 def fetched_model(model: str, auto_class: str) -> Any:
-    """Returns a fetched model in fp32 and evaluation mode.
-
-    Args:
-        model: The model's name.
-        auto_class: The class of transformers that loads it, ``AutoModelForCausalLM`` or ``AutoModel``.
-    """
+    """Returns a fetched model in fp32 and evaluation mode, loaded by a class of transformers such as ``AutoModel``."""
     loaded = getattr(transformers, auto_class).from_pretrained(fetched(model), dtype=torch.float32, **LOCAL)
     return loaded.eval()
 

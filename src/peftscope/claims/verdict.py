@@ -8,11 +8,12 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from peftscope.analysis.compare import Difference, compare
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.claims.measurement import Measurement
+from peftscope.files.content import Strict
 from peftscope.words import scale_of, spoken_number, spoken_quantity
 
 ALPHA = 1 - CONFIDENCE
@@ -53,14 +54,12 @@ def _last_digit(figure: float) -> float:
     return float(Decimal(1).scaleb(int(Decimal(repr(figure)).normalize().as_tuple().exponent)))
 
 
-class Rule(BaseModel):
+class Rule(Strict):
     """The rule for when a claim holds: ``equals``, ``at_least`` and ``at_most``, ``better_by``, or ``same_within``.
 
     A quantity without an interval is decided by its value. A quantity with an interval is decided only if the whole
     interval lies on one side.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     equals: StrictBool | float | str | None = None
     reads: Reading | None = Field(None, description="how the printed figure, or range, is read")

@@ -43,10 +43,7 @@ def card_of(experiment: str, wish: str | None) -> Gpu | None:
 def show_forecast(experiment: str, gpu: Gpu | None, *, brief: bool) -> None:
     """Prints what an experiment's runs will take, run by run or method by method, and in all.
 
-    Args:
-        experiment: The experiment.
-        gpu: The card; None: this machine's processor, which the runs of a study share, one thread each.
-        brief: Whether one row stands for all runs of a method.
+    Without a card they are for this machine's processor, which the runs of a study share, one thread each.
     """
     from peftscope.execution.pace import ProcessorForecaster
     from peftscope.hardware.device import detect_device

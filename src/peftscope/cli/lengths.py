@@ -14,12 +14,9 @@ from peftscope.errors import InputError, Problem, needs
 from peftscope.memory.question import Question
 from peftscope.sizing.lengths import answer_lengths, count_tokens, read_lengths
 
-OWN_OPTIONS = ("fields", "tokenizer", "figure")
-"""The options that only a question about a data set has."""
-
 
 def items_asked(lengths: Path | None, data: Path | None, model: str | None, own: Mapping[str, Any]) -> list[int]:
-    """Returns the lengths of the data set that was named; empty if none was.
+    """Returns the lengths of the data set that was named; empty if none was. ``own`` are options about it alone.
 
     Raises:
         InputError: The file is wrong, two were named, or an option needs one and none was.
@@ -31,8 +28,7 @@ def items_asked(lengths: Path | None, data: Path | None, model: str | None, own:
     if data:
         fields = [field.strip() for field in (own["fields"] or "text").split(",")]
         return count_tokens(data, fields, lambda: _load_tokenizer(own["tokenizer"] or model))
-    stray = [name for name in OWN_OPTIONS if own[name]]
-    if stray:
+    if stray := [name for name, value in own.items() if value]:
         raise InputError(Problem(stray[0], "is about a data set", "give its --lengths or --data"))
     return []
 

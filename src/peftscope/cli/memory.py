@@ -80,9 +80,7 @@ SAID_DEFAULTS = DEFAULTS | {
 NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size", "eval_gathers_logits", "eval_accumulation_steps")
 """Options that the command ``fit`` does not have: it asks about training alone."""
 READERS: dict[str, Callable[[str | None], Any]] = {
-    "targets": preset_or_modules,
-    "feedforward": preset_or_modules,
-    "modules_to_save": preset_or_modules,
+    **dict.fromkeys(("targets", "feedforward", "modules_to_save"), preset_or_modules),
     "options": lambda text: text and parse_json(text, "options"),
 }
 """What reads the text of an option that is no plain value."""
@@ -213,7 +211,7 @@ def memory_command(
             more["headroom_bytes"] = card.usable_bytes - answer.peak_device_bytes
             more |= {"fits": fits, "missing_bytes": max(0, answer.least_device_bytes - card.usable_bytes)}
             more |= time_json(time)
-            more["remedies"] = [remedy.to_json() for remedy in remedies]
+            more["remedies"] = [asdict(remedy) for remedy in remedies]
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
     else:
         console = wide_console()

@@ -85,12 +85,8 @@ def tried(file: Path, model: str) -> str:
 def study_text(file: Path, others: list[str], world: str = "A", seeds: int | None = None, **fixed: Any) -> str:
     """Returns the experiment file of a study.
 
-    Args:
-        file: The method's file.
-        others: The methods to compare with.
-        world: One of ``WORLDS``, whose study has the learning rates of other arms, so that runs are shared.
-        seeds: How many pairs; None: those of the world's study.
-        fixed: Settings that replace the world's: ``model``, ``task``, ``steps``.
+    The world's study has the learning rates of other arms, so that runs are shared, and the number of pairs, unless
+    ``seeds`` is another. Fixed settings, ``model``, ``task`` and ``steps``, replace the world's.
 
     Raises:
         InputError: The file holds no method or one with a name that is taken, or another method, the world, the model

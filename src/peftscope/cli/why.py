@@ -51,14 +51,9 @@ def _parse(method: str = typer.Argument("lora"), model: SharedModel = None, **op
 
 
 def read_setting(text: str, shared: Mapping[str, Any], gpus: int) -> Setting | None:
-    """Returns what a text stands for: a setting, a spec file or a trainer's file.
+    """Returns what a text stands for: a setting, a spec file or a trainer's file; None: none of these, as a model.
 
-    None means that it is none of these, such as the name of a model.
-
-    Args:
-        text: The text.
-        shared: The options of the command line, for what a trainer's file does not say.
-        gpus: The same for the number of cards.
+    ``shared`` and ``gpus`` are what the command line says, for what a trainer's file does not say.
 
     Raises:
         InputError: The text is a setting with a mistake, or a file that is not a spec.

@@ -16,9 +16,7 @@ from peftscope.spec import RunSpec, memory_key
 def run_seconds(spec: RunSpec, *, one_thread: bool = False) -> float:
     """Returns the seconds that a run will take on this machine, to within a factor of about 1.5.
 
-    Args:
-        spec: The run.
-        one_thread: Whether the run has one thread, beside as many others as there are cores.
+    ``one_thread``: the run has one thread, beside as many others as there are cores.
     """
     forecaster = _forecaster() if spec.device == "cuda" else None
     return forecaster.seconds(spec) if forecaster else estimate_seconds(spec, _rates, one_thread=one_thread)

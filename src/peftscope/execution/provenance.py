@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,6 +16,7 @@ import torch
 from peftscope.data.benchmarks import benchmark_folder
 from peftscope.data.tasks import task_folder
 from peftscope.evaluation.retention import PROSE_SHA256
+from peftscope.files.manifest import read_manifest
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import processor_name
 from peftscope.hardware.meter import allocator_settings, pci_address
@@ -51,9 +50,9 @@ def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
             )
         },
         "card": _card(rank) if spec.device == "cuda" else None,
-        "model": _manifest(model_folder(spec.model, spec.revision)),
-        "task": _manifest(task_folder(spec.task)),
-        "benchmarks": {name: _manifest(benchmark_folder(name)) for name in spec.benchmarks},
+        "model": read_manifest(model_folder(spec.model, spec.revision)),
+        "task": read_manifest(task_folder(spec.task)),
+        "benchmarks": {name: read_manifest(benchmark_folder(name)) for name in spec.benchmarks},
         "prose_sha256": PROSE_SHA256,
     }
 
@@ -113,8 +112,3 @@ def _card(index: int) -> dict[str, Any]:
 def card_reading() -> dict[str, float | None]:
     """Returns the clocks, the power and the temperature of the current card."""
     return reading(find_card(pci_address()))
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.is_file() else None

@@ -25,15 +25,6 @@ def score_answers(model: Any, tokenizer: Any, spec: RunSpec, items: list[Item]) 
     return answers, time.perf_counter() - began
 
 
-def score_benchmarks(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, dict[str, float]]:
-    """Returns the scores of lm-eval's benchmarks that the spec asks for."""
-    if not spec.benchmarks:
-        return {}
-    from peftscope.evaluation import answers
-
-    return answers.score_benchmarks(model, tokenizer, spec)
-
-
 def write_items(path: Path, items: list[Item], per_item: Sequence[ItemLoss], answers: list[dict[str, Any]]) -> None:
     """Writes one line for each held-out item: its loss and, where it was asked, its answer."""
     by_item = {row["item"]: row for row in answers}

@@ -117,12 +117,7 @@ def fetch_inputs(spec: RunSpec) -> None:
 def run_apart(identity: str, spec: RunSpec, folder: Path, *options: str, deadline: float = math.inf) -> str:
     """Executes a run in a process of its own, and returns its status.
 
-    Args:
-        identity: The run's id.
-        spec: The run.
-        folder: The folder to write into.
-        options: Further options of ``peftscope run``.
-        deadline: When the run has to stop, on the monotonic clock in seconds.
+    ``options`` are further ones of ``peftscope run``; at the ``deadline``, on the monotonic clock, the run has to stop.
 
     Raises:
         InputError: The run was refused, or the disk is full.

@@ -58,10 +58,7 @@ class Repeat:
 def choose_published(experiments: list[str], count: int | None, seed: int) -> list[tuple[str, RunRecord]]:
     """Returns published runs of this machine's device, each with an experiment that has it.
 
-    Args:
-        experiments: The experiments; none means all that are published.
-        count: How many runs are drawn at random; None means all.
-        seed: Seeds the draw.
+    Without experiments they are of all that are published, and without a ``count`` none are drawn at random: all come.
 
     Raises:
         InputError: An experiment has no published runs, or none of them can run here.

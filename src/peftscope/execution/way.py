@@ -32,7 +32,7 @@ from peftscope.evaluation.retention import bits_per_byte
 from peftscope.evaluation.updates import update_spectra, weights_before
 from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import card_reading
-from peftscope.execution.scores import score_answers, score_benchmarks, write_items
+from peftscope.execution.scores import score_answers, write_items
 from peftscope.execution.start import continue_adapter, merged_start
 from peftscope.files.manifest import file_sha256
 from peftscope.hardware.bf16 import chosen_way
@@ -142,7 +142,10 @@ def run_phases(
                 record.speed.generation_seconds = seconds if alone and not phases.turns else None
                 quality.exact_match = sum(row["correct"] for row in generated) / len(generated)
                 quality.exact_match_items = len(generated)
-            record.benchmarks = score_benchmarks(model, tokenizer, spec)
+            if spec.benchmarks:
+                from peftscope.evaluation.answers import score_benchmarks
+
+                record.benchmarks = score_benchmarks(model, tokenizer, spec)
         write_items(folder / "items.jsonl", judged, per_item, generated)
         quality.heldout_nll, quality.heldout_tokens = mean_nll(per_item), sum(item.tokens for item in per_item)
         quality.greedy_match = sum("0" not in item.argmax for item in per_item) / len(per_item)

@@ -123,12 +123,6 @@ def _given_back(pool: list[Piece]) -> int:
 
 
 def reserved_bytes(trace: Trace, enough: float = inf, capacity: float = inf) -> int:
-    """Returns the bytes that the allocator holds after a trace. It does not hold paged blocks.
-
-    Args:
-        trace: The trace.
-        enough: Above so many bytes the replay ends early, with the bytes that are held by then.
-        capacity: What segments may take before free ones are given back.
-    """
+    """Returns the bytes that the allocator holds after a trace, without paged blocks; limits as of ``replay``."""
     last = trace.marks[-1][0] if trace.marks else len(trace.events)  # later events only free blocks
     return replay(trace.events[:last], trace.sizes(paged=False), enough, capacity)[0]

@@ -177,13 +177,7 @@ def peaks_of(
 ) -> Peaks:
     """Returns the peaks of a training trace and an evaluation trace, of which one may be missing.
 
-    Args:
-        question: The run, the model and the card.
-        training: The training trace.
-        evaluation: The evaluation trace.
-        traces: Where the training trace is from, if it is kept for other questions.
-        enough: As of ``peaks_by_formula``.
-        wanted: As of ``peaks_by_formula``.
+    ``traces`` is where the training trace is from, if it is kept; all limits are as of ``peaks_by_formula``.
     """
     measure = (traces or TrainingTraces()).measure
     both = [trace for trace in (training, evaluation) if trace is not None]

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from peftscope.hardware.cards import CONTEXT_BYTES, Gpu
 from peftscope.memory.beside import JOBS, passes_of
@@ -99,10 +98,6 @@ def _loss(question: Question) -> list[str]:
     return lines
 
 
-def _given(fields: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in fields.items() if name != "name" and value is not None]
-
-
 def assumptions_of(question: Question) -> list[str]:
     """Returns the assumptions behind the answer, given or by default, one sentence each."""
     model, spec, gpu, gpus = question.model, question.spec, question.gpu, question.gpus
@@ -113,8 +108,9 @@ def assumptions_of(question: Question) -> list[str]:
     padding = "padded batches" if question.padded else "no padding in the longest batch"
     if spec.loss_path == "hf" and spec.attention == "sdpa":
         padding += ", with a mask for SDPA" if question.padded else ", and so no mask"
+    fields = spec.method.model_dump(mode="json", exclude={"name"}, exclude_none=True)
     lines = [
-        f"method {spec.method.name}: " + ", ".join(f"{k}={v}" for k, v in _given(spec.method.model_dump(mode="json"))),
+        f"method {spec.method.name}: " + ", ".join(f"{name}={value}" for name, value in fields.items()),
         f"batch_size={spec.batch_size}, seq_len={spec.seq_len} for every sequence (the longest batch decides), "
         f"gradient_accumulation={spec.gradient_accumulation}",
         f"precision={spec.precision}{', autocast' if spec.autocast else ''}, {_optimizer(question)}",

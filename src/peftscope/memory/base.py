@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,13 +74,15 @@ def describe_model(name: str) -> Model:
         why = f"model_type {known.config['model_type']} is not one of its kinds"
         return Model(name, known.config, None, why, vision=known.vision)
     path = Path(name)
-    if path.suffix == ".json" or _is_folder(path):
-        return _read_config(name, path / "config.json" if _is_folder(path) else path)
+    if path.suffix == ".json" or os.path.isdir(path):
+        return _read_config(name, path / "config.json" if os.path.isdir(path) else path)
     if name.startswith((".", "/", "~")):
         raise InputError(Problem("model", f"no such file or folder: {name}", "give the path of a config.json"))
-    entry_shape = _catalogued(name)
-    if entry_shape is not None:
-        return Model(name, entry_shape.to_config(), entry_shape)
+    from peftscope.models.catalog import find_model
+
+    with suppress(InputError):  # models.yaml is missing, or does not know the name
+        if (shape := find_model(name).shape) is not None:
+            return Model(name, shape.to_config(), shape)
     if not _in_mirror(name) and (same := same_shape(name)):
         lower = name.lower()
         stored = next((stored_as(how)[0] for ending, how in ENDINGS.items() if lower.endswith(ending)), None)
@@ -88,23 +92,6 @@ def describe_model(name: str) -> Model:
         hint = f"{did_you_mean(name, [*PRESETS, *SIMULATED])}; or give the path of a config.json, or a hub id org/name"
         raise InputError(Problem("model", f"unknown model (got {name!r})", hint))
     return _read_config(name, _downloaded_config(name))
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # the name is too long for a path
-        return False
-
-
-def _catalogued(name: str) -> ModelShape | None:
-    """Returns the shape of a model of models.yaml, or None if the file is missing or does not know the shape."""
-    from peftscope.models.catalog import find_model
-
-    try:
-        return find_model(name).shape
-    except InputError:
-        return None
 
 
 def _in_mirror(name: str) -> bool:

@@ -128,10 +128,7 @@ def with_a_second_step(trace: Trace) -> Trace:
 def peaks_by_depth(question: Question, config: Any, simulate_at: Simulate) -> Peaks | None:
     """Returns the peaks of a hybrid from those of shallow ones; None for other models, or if layers are not alike.
 
-    Args:
-        question: The run, the model and the card.
-        config: The transformers configuration of the whole model.
-        simulate_at: Simulates a model.
+    ``config`` is the transformers configuration of the whole model.
     """
     models = shallow_layers(config) if SLOW & {*_types(config)} else {}
     if not (depths := _simulate_depths(config, simulate_at, models, paged=False)):

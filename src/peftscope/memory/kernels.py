@@ -22,11 +22,7 @@ def attention_kernel(width: float, head_dim: int, *, masked: bool, grouped: bool
     Source: torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: can_use_flash_attention,
     can_use_mem_efficient_attention (``check_batch_size_and_num_heads_dense<false>``), priority_order.
 
-    Args:
-        width: Bytes of a number.
-        head_dim: The width of a head.
-        masked: Whether an explicit mask is given.
-        grouped: Whether several query heads share a key (``enable_gqa``).
+    ``width`` is in bytes; ``grouped``: several query heads share a key (``enable_gqa``).
 
     >>> attention_kernel(2, 128, masked=False, grouped=True), attention_kernel(4, 128, masked=False, grouped=True)
     ('flash', 'math')

@@ -93,12 +93,9 @@ def why_not_simulated(spec: RunSpec) -> str:
 
 
 def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> PredictedMemory:
-    """Returns the predicted peaks of a run.
+    """Returns the predicted peaks of a run, whose base model must have been fetched, from its widest batches.
 
-    Args:
-        spec: The run. Its base model must have been fetched.
-        widest: The training batch with the longest sequence, or None if nothing is trained.
-        widest_heldout: The evaluation batch with the longest sequence.
+    ``widest`` is None if nothing is trained.
     """
     card = found_card() if spec.device == "cuda" else None
     folder = model_folder(spec.model, spec.revision)

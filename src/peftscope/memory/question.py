@@ -163,12 +163,8 @@ def ask(
 ) -> Question:
     """Returns a question. Options that are not given have the values of a plain PyTorch and PEFT script.
 
-    Args:
-        model: The base.
-        options: Fields of the spec, of the method and of ``Beside``. None means that an option is not given.
-        responses: The number of positions of a sequence that carry a loss.
-        gpu: The card.
-        gpus: The number of cards.
+    ``options`` are fields of the spec, of the method and of ``Beside``, and ``responses`` is the number of positions of
+    a sequence that carry a loss. None means that an option is not given.
 
     Raises:
         InputError: An option is wrong, or contradicts another option or the model.
@@ -202,8 +198,12 @@ def ask(
                 raise InputError(Problem(option, f"is not an option of the method {name}", remedy))
     if not JOBS[beside.job].drops and "dropout" in METHODS[name].model_fields:
         method["dropout"] = 0.0  # TRL's disable_dropout
-    defaults = _defaults(model, given)
-    values = {**defaults, **given, "eval_batch_size": given.get("eval_batch_size", given.get("batch_size", 1))}
+    family = model.config["model_type"]
+    if why := NOT_SDPA.get(family):
+        if given.get("attention") == "sdpa":
+            raise InputError(Problem("attention", f"sdpa does not {why}", "use eager or flash_attention_2"))
+        given.setdefault("attention", "eager")
+    values = {**DEFAULTS, **given, "eval_batch_size": given.get("eval_batch_size", given.get("batch_size", 1))}
     try:
         spec = RunSpec(model=model.name, task="memory", device="cuda", learning_rate=1e-4, method=method, **values)
     except ValidationError as error:
@@ -218,7 +218,9 @@ def ask(
         raise InputError(Problem("response_len", f"must lie between 1 and seq_len={spec.seq_len} (got {kept})"))
     if gpus < 1:
         raise InputError(Problem("gpus", f"must be at least 1 (got {gpus})"))
-    _check_loss(model, beside.loss)
+    if beside.loss not in ("plain", "chunked") and family in SCALED_LOGITS:
+        message = f"{beside.loss} is not modelled for {family}, which changes its logits"
+        raise InputError(Problem("loss", message, "use plain"))
     check_beside(spec, beside)
     beside = with_job(spec, beside)
     said = [f"as {beside.as_trainer}: {option}={value} ({source})" for option, (value, source) in regime.items()]
@@ -239,15 +241,6 @@ NOT_SDPA = {
     "gpt_oss": "know the sinks of gpt-oss's attention",
 }
 """Families whose attention is eager by default, and what SDPA does not do."""
-
-
-def _defaults(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = dict(DEFAULTS)
-    if why := NOT_SDPA.get(model.config["model_type"]):
-        defaults["attention"] = "eager"
-        if given.get("attention") == "sdpa":
-            raise InputError(Problem("attention", f"sdpa does not {why}", "use eager or flash_attention_2"))
-    return defaults
 
 
 def _problems(error: ValidationError) -> list[Problem]:
@@ -298,12 +291,6 @@ FUSED_EXPERTS = "experts are fused parameters, whose adapters are not modelled; 
 
 SCALED_LOGITS = ("gemma2", "granite")
 """Families whose logits are scaled or capped after the head, which Liger's loss and CCE here do not do."""
-
-
-def _check_loss(model: Model, loss: str) -> None:
-    family = model.config["model_type"]
-    if loss not in ("plain", "chunked") and family in SCALED_LOGITS:
-        raise InputError(Problem("loss", f"{loss} is not modelled for {family}, which changes its logits", "use plain"))
 
 
 def usual_responses(seq_len: int) -> int:

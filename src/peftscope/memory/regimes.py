@@ -120,7 +120,6 @@ def settings_of(trainer: Trainer, method: str, given: Mapping[str, Any]) -> dict
     copies = given.get("modules_to_save") and given.get("autocast") is not False
     foreign |= set() if copies else {"modules_to_save_dtype"}
     foreign |= set() if given.get("optimizer", "adamw") in ("adamw", "sgd") else {"optimizer_implementation"}
-    foreign |= set() if given.get("job", "sft") == "sft" else {"loss"}
     quantised = "kbit_preparation" in METHODS[method].model_fields or given.get("load_in_8bit")
     foreign |= {"adapter_dtype"} if trainer == "trl" and not quantised else set()
     settings = REGIMES[trainer].settings

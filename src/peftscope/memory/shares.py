@@ -89,13 +89,12 @@ def _beside_zero2(question: Question, phase: str, trained: list[Block]) -> list[
 
 def on_card(question: Question, trace: Trace) -> Trace:
     """Returns a trace whose blocks have the bytes that they have on one card, for the places of its peaks."""
-    cards = [_cards(question, block) for block in trace.blocks]
-    sizes = [
-        block.size * _times(question, block) // number if number else 0
-        for block, number in zip(trace.blocks, cards, strict=True)
-    ]
-    blocks = [replace(block, size=size) for block, size in zip(trace.blocks, sizes, strict=True)]
-    return Trace(blocks, trace.events, trace.marks)
+
+    def size(block: Block) -> int:
+        cards = _cards(question, block)
+        return block.size * _times(question, block) // cards if cards else 0
+
+    return Trace([replace(block, size=size(block)) for block in trace.blocks], trace.events, trace.marks)
 
 
 def share_of(question: Question, phase: str, blocks: list[Block]) -> list[Block]:

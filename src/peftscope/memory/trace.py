@@ -148,11 +148,7 @@ class Trace:
         return [block.size if paged or not block.paged else 0 for block in self.blocks]
 
     def peaks(self, *, paged: bool = True) -> dict[str, Peak]:
-        """Returns the largest peak of each phase that occurs.
-
-        Args:
-            paged: Whether paged blocks count.
-        """
+        """Returns the largest peak of each phase that occurs, with or without paged blocks."""
         sizes = self.sizes(paged=paged)
         # ~index counts from the end, where the list has the same sizes with a minus sign.
         changes = [*sizes, *map(neg, reversed(sizes))]

@@ -34,11 +34,8 @@ class MemoryTracker(TorchDispatchMode):
     ) -> None:
         """Starts with the tensors that are already alive.
 
-        Args:
-            alive: These tensors.
-            owner_of_now: Returns the module and kind of a new block.
-            workspace_of: Returns the bytes that an operator with these arguments takes for itself on the device that is
-                simulated.
+        ``owner_of_now`` returns the module and kind of a new block; ``workspace_of`` the bytes that an operator with
+        these arguments takes for itself on the device that is simulated.
         """
         super().__init__()
         self.trace = Trace()
@@ -79,18 +76,13 @@ class MemoryTracker(TorchDispatchMode):
         """Runs an operator and counts what it returns."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                for part in _stored_parts(leaf):
+            if isinstance(leaf, torch.Tensor):  # a sparse one's bytes are those of its indices and values
+                for part in (leaf._indices(), leaf._values()) if leaf.is_sparse else (leaf,):
                     self.add(part)
         workspace = self._workspace_of(func, args)
         if workspace:
             self.trace.pass_by(Block(rounded(workspace), "kernel workspace", self._owner_of_now()[0]))
         return result
-
-
-def _stored_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Returns the tensors that hold a tensor's bytes: a sparse one's indices and values, or the tensor itself."""
-    return (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
 
 
 def tensors_of(*owners: Any) -> list[torch.Tensor]:
@@ -113,11 +105,9 @@ def tensors_of(*owners: Any) -> list[torch.Tensor]:
 
 def quantisation_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
     """Returns the block constants and code tables of a 4-bit parameter; nothing for another parameter."""
-    return _of_state(getattr(parameter, "quant_state", None))
-
-
-def _of_state(state: Any) -> list[torch.Tensor]:
-    if state is None:
-        return []
-    own = [v for v in (state.absmax, state.code, state.offset) if isinstance(v, torch.Tensor)]
-    return own + _of_state(getattr(state, "state2", None))
+    found: list[torch.Tensor] = []
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        found += [v for v in (state.absmax, state.code, state.offset) if isinstance(v, torch.Tensor)]
+        state = getattr(state, "state2", None)
+    return found

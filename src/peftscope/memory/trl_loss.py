@@ -104,11 +104,8 @@ def _chosen_loss(logits: torch.Tensor) -> torch.Tensor:
 def take_job(trained: TrainedModel, beside: Beside, responses: int, reference: Any = None) -> None:
     """Replaces a model's forward pass, head and loss by those of a job.
 
-    Args:
-        trained: The model.
-        beside: The job, its reference and its log-probabilities.
-        responses: The positions of a row that carry a loss.
-        reference: The second model, if there is one. It becomes a part of the first, so that it is counted.
+    ``responses`` is the number of positions of a row that carry a loss. A second model, the reference, becomes a part
+    of the first, so that it is counted.
     """
     model, job, forward = trained.model, beside.job, trained.model.forward
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -38,19 +38,17 @@ class JobDemands:
 
     def memory_mb(self, wildcards: Any, attempt: int) -> int:
         """Returns the host memory that a run asks for, in megabytes."""
-        return math.ceil(self._host_bytes(self._workflow.spec(wildcards)) * attempt / 10**6)
+        spec = self._workflow.spec(wildcards)
+        key = (memory_key(spec), spec.task)  # how long a task's items are counts here
+        if key not in self._bytes:
+            self._bytes[key] = host_bytes(spec)
+        return math.ceil(self._bytes[key] * attempt / 10**6)
 
     def minutes(self, wildcards: Any, attempt: int) -> int:
         """Returns the minutes after which a run may be stopped."""
         one_thread = self._workflow.shares_machine(wildcards.run_id)
         seconds = estimate_seconds(self._workflow.spec(wildcards), one_thread=one_thread)
         return max(SHORTEST_MINUTES, math.ceil(SLOWER * seconds / 60)) * attempt
-
-    def _host_bytes(self, spec: RunSpec) -> int:
-        key = (memory_key(spec), spec.task)  # how long a task's items are counts here
-        if key not in self._bytes:
-            self._bytes[key] = host_bytes(spec)
-        return self._bytes[key]
 
 
 def host_bytes(spec: RunSpec) -> int:

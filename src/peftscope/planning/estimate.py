@@ -84,7 +84,8 @@ def _measured() -> dict[tuple[Any, ...], dict[str, Any]]:
             record["ceilings"] = {name: median(one[name] for one in known) for name in CEILINGS}
         spec = record["spec"]
         kind, evaluation = _kind(spec)
-        entry = (order, record["seconds"]["train"] / max(1, _sequences(spec) * _length(spec)), record)
+        tokens = spec["steps"] * spec["batch_size"] * spec["gradient_accumulation"] * _length(spec)
+        entry = (order, record["seconds"]["train"] / max(1, tokens), record)
         for key in (kind, kind + evaluation):
             if record.get("provenance", {}).get("threads") == 1:
                 kinds[ONE_THREAD + key].append(entry)
@@ -109,10 +110,6 @@ def _is_current(spec: dict[str, Any]) -> bool:
         return bool(RunSpec.model_validate(spec))
     except ValidationError:
         return False
-
-
-def _sequences(spec: dict[str, Any]) -> int:
-    return int(spec["steps"] * spec["batch_size"] * spec["gradient_accumulation"])
 
 
 def _length(spec: dict[str, Any]) -> float:
@@ -197,12 +194,7 @@ def estimate_seconds(
 
 
 def computing_seconds(spec: RunSpec, rates: Rates) -> tuple[float, float]:
-    """Returns the seconds of a run's training and of its evaluation, by the time model.
-
-    Args:
-        spec: The run.
-        rates: Those of its machine.
-    """
+    """Returns the seconds of a run's training and of its evaluation, by the time model and its machine's rates."""
     length = max(1, round(_length(spec.model_dump(mode="json"))))
     step, forward = _step(spec.model_copy(update={"seed": 0, "init_seed": None, "learning_rate": 0.0}), length, rates)
     return (spec.steps * step if spec.method.trains else 0.0), evaluated_tokens(spec) * forward

@@ -31,9 +31,7 @@ def write_runs(folder: Path, runs: Iterable[Path]) -> None:
 
     A record's JSON text is kept as it is, so that its checksum stays true.
 
-    Args:
-        folder: The folder to write into.
-        runs: The folders of the runs, each with ``record.json`` and, unless the run failed, ``items.jsonl``.
+    ``runs`` are the folders of the runs, each with ``record.json`` and, unless the run failed, ``items.jsonl``.
 
     Raises:
         InputError: A file is too large to commit.

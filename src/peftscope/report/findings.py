@@ -95,12 +95,7 @@ def read_content(claims: Sequence[str]) -> Content:
 def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], folder: Path = REPORTS) -> Path:
     """Renders ``findings.md`` from the verdicts on all claims and the results of the studies, and returns its path.
 
-    Answers and pictures are those of published studies.
-
-    Args:
-        claims: The ledger.
-        findings: What was found of each claim.
-        folder: The folder to write into, beside the pages of claims.
+    It stands beside the pages of claims, in this folder. Answers and pictures are those of published studies.
     """
     by_id = {finding["id"]: finding for finding in findings}
     content = read_content([claim.id for claim in claims])

@@ -50,11 +50,7 @@ LEGEND_INCHES = 0.5
 """From the axes to the legend below them, past the ticks and the label."""
 MOST_POINTS = 3000
 """The most points that a figure draws one by one."""
-LABELS = {
-    "heldout_nll": "held-out NLL (nats per response token)",
-    "train_peak": "peak of live tensors in training (MiB)",
-    "tokens": "tokens per second, without padding",
-}
+LOSS = "held-out NLL (nats per response token)"
 
 
 def variant_looks(runs: pd.DataFrame) -> dict[str, Look]:
@@ -89,12 +85,7 @@ def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:
 def new_figure(path: Path, width: float, height: float, columns: int = 1, **grid: Any) -> Iterator[Any]:
     """Yields the axes of a new figure, and then writes it. An SVG follows the colours of its page, a PNG is on white.
 
-    Args:
-        path: The picture.
-        width: In inches.
-        height: In inches.
-        columns: How many stand beside each other.
-        grid: Further arguments of ``plt.subplots``.
+    So many columns stand beside each other, and ``grid`` goes to ``plt.subplots``. Sizes are in inches.
     """
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     with plt.rc_context(STYLE if path.suffix == ".svg" else {}):
@@ -163,7 +154,7 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
         else:  # two runs are shown as they are
             ends = [row["heldout_nll_least"], row["heldout_nll_most"]]
             axes.plot([row["peak"] / MIB] * 2, ends, marker, ms=7, alpha=0.8, **named)
-    axes.set(xscale="log", xlabel=LABELS["train_peak"], ylabel=LABELS["heldout_nll"], title="Quality against memory")
+    axes.set(xscale="log", xlabel="peak of live tensors in training (MiB)", ylabel=LOSS, title="Quality against memory")
     plain_ticks(axes.xaxis)
     # Intervals of few seeds are many times wider than the spread of the means, so they may leave the frame.
     points = trained[["heldout_nll", "heldout_nll_least", "heldout_nll_most"]].stack()
@@ -225,7 +216,7 @@ def draw_throughput(axes: plt.Axes, runs: pd.DataFrame) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(left=0)
-    axes.set(xlabel=LABELS["tokens"], ylabel="", title="Throughput of training")
+    axes.set(xlabel="tokens per second, without padding", ylabel="", title="Throughput of training")
 
 
 def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> None:
@@ -310,9 +301,7 @@ def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
     ladder = ladder[ladder["field"] == field].dropna(subset=["heldout_nll"])
     if ladder.empty:
         return
-    loss = LABELS["heldout_nll"]
-    if is_judged_on_training(runs):
-        loss = loss.replace("held-out NLL", "NLL of trained items")
+    loss = LOSS.replace("held-out NLL", "NLL of trained items") if is_judged_on_training(runs) else LOSS
     numeric = pd.to_numeric(ladder["value"], errors="coerce")
     is_number = bool(numeric.notna().all())
     styles = looks(dict(zip(ladder["line"], ladder["label"], strict=True)))

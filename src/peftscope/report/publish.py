@@ -135,7 +135,7 @@ def publish_experiment(experiment: str) -> list[Path]:
 
 
 def _write_unfinished(experiment: str) -> None:
-    """Collects the finished runs of an unfinished study, chooses the rates that follow from them, and writes its page."""
+    """Collects the finished runs of a study, chooses the rates that follow from them, and writes the page."""
     sweep = expand(experiment)
     if not sweep.experiment.study or not any(record_path(run).is_file() for run in sweep.runs):
         message, remedy = "the experiment is not finished", f"make report EXPERIMENT={experiment}"

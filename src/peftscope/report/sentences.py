@@ -175,7 +175,8 @@ def _ladder(runs: pd.DataFrame, field: str) -> str:
     values, name = ladder["heldout_nll"].astype(float), field.replace("_", " ")
     best, worst = (plain(ladder.loc[place, "value"]) for place in (values.idxmin(), values.idxmax()))
     said = f"Only {name} varies" if len(ladders(runs)[field]) == 1 else f"Each ladder varies {name} alone"
-    said += f", all else stays at the centre. The lowest {_judged(runs)} was {values.min():.3f} nats per token at "
+    judged = "loss on the trained items" if is_judged_on_training(runs) else "held-out loss"
+    said += f", all else stays at the centre. The lowest {judged} was {values.min():.3f} nats per token at "
     said += f"{best}, the highest {values.max():.3f} at {worst}. "
     n, most = int(ladder["n"].min()), int(ladder["n"].max())
     if most == 1:
@@ -183,10 +184,6 @@ def _ladder(runs: pd.DataFrame, field: str) -> str:
     if n == most:
         return f"{said}Each rung has n = {n} seeds."
     return f"{said}Rungs have {n} to {most} seeds; bars are drawn from {FEWEST_FOR_MEANS} on."
-
-
-def _judged(runs: pd.DataFrame) -> str:
-    return "loss on the trained items" if is_judged_on_training(runs) else "held-out loss"
 
 
 FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], str]] = {

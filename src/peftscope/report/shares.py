@@ -32,7 +32,9 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
         return pd.DataFrame(columns=["method", field])
     whole = study.whole
     gain, rows = _gain(study, whole), []
-    for arm in [arm for group in _levels(study, field) for arm in group if arm in study.arms]:
+    # Arms that differ in nothing but the field, or all tuned ones without the study's file.
+    groups = study.settings.levels(field) if study.settings else [[arm for arm in study.arms if study.rate(arm).curve]]
+    for arm in [arm for group in groups for arm in group if arm in study.arms]:
         runs = study.arm_runs(arm)
         if arm.endswith(A_A) or runs[field].isna().any():
             continue
@@ -60,11 +62,6 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
 def _varied(study: StudyResults) -> str:
     """Returns the field that a study varies, or the rank."""
     return (study.settings.varied if study.settings else None) or VARIED[0]
-
-
-def _levels(study: StudyResults, field: str) -> list[list[str]]:
-    """Returns the groups of arms that differ in nothing but a field, or all tuned ones without the study's file."""
-    return study.settings.levels(field) if study.settings else [[arm for arm in study.arms if study.rate(arm).curve]]
 
 
 def arms_shown(study: StudyResults) -> set[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, product
 from typing import Any
@@ -86,12 +86,13 @@ def values_of(
     return {step: [part for part in parts if part] for step, parts in values.items()}
 
 
-def ways(values: Values, steps: Iterable[str]) -> Iterator[tuple[dict[str, Any], ...]]:
+def ways(values: Values, steps: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yields what these steps set: one for each batch or length, the largest first."""
     helpful = [step for step in steps if values[step]]
     if "seq_len" in helpful:  # text is cut only where the smallest batch does not do
         values = {**values, "batch_size": values["batch_size"][-1:]}
-    yield from product(*(values[step] for step in helpful))
+    for parts in product(*(values[step] for step in helpful)):
+        yield {name: value for part in parts for name, value in part.items()}
 
 
 def mildest_change(fits: Callable[[Mapping[str, Any]], bool], values: Values) -> dict[str, Any] | None:
@@ -103,8 +104,7 @@ def mildest_change(fits: Callable[[Mapping[str, Any]], bool], values: Values) ->
         values: What changes may set.
     """
     tried: list[dict[str, Any]] = []
-    for parts in chain.from_iterable(ways(values, steps) for steps in chain(*LEVELS)):
-        changes = {name: value for part in parts for name, value in part.items()}
+    for changes in chain.from_iterable(ways(values, steps) for steps in chain(*LEVELS)):
         if changes and changes not in tried:
             tried.append(changes)
             with suppress(InputError, ValidationError):
@@ -127,10 +127,6 @@ class Remedy:
     changes: dict[str, Any]
     fits: Fits
     peak_device_bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the remedy as JSON content."""
-        return asdict(self)
 
     @property
     def words(self) -> str:
@@ -257,10 +253,6 @@ def remedies_of(asked: Asked, peaks: Peaks, needs: Needs, most: int = MOST) -> l
     too_large = peaks.phases.get("evaluate", 0) + peaks.least_bytes - peaks.allocated_bytes > usable
     also = ("eval_batch_size",) if too_large else ()
 
-    def changed(steps: Iterable[str]) -> list[dict[str, Any]]:
-        every = ways(values, (*steps, *also))
-        return [{name: value for part in parts for name, value in part.items()} for parts in every]
-
     def least(changes: Mapping[str, Any]) -> float:
         with suppress(InputError, ValidationError):
             return peaks_by_formula(asked.with_changes(changes), traces=needs.traces, enough=0).least_bytes
@@ -271,13 +263,13 @@ def remedies_of(asked: Asked, peaks: Peaks, needs: Needs, most: int = MOST) -> l
         for level in (((),), *LEVELS):
             if known:
                 return
-            if {"optimizer", "method"} & {*level[-1]} and least(changed(level[-1])[-1]) > usable:
+            if {"optimizer", "method"} & {*level[-1]} and least([*ways(values, (*level[-1], *also))][-1]) > usable:
                 continue
             for steps in level:
                 kept = {step for step in (*steps, *also) if values[step]}
                 if not kept or any(fewer <= kept for fewer in known) or _spared(alive, kept) > usable:
                     continue
-                for changes in changed(steps):
+                for changes in ways(values, (*steps, *also)):
                     with suppress(InputError, ValidationError):
                         after = asked.with_changes(changes)
                         if (fits := needs.fits(after)) in accepted:

@@ -6,6 +6,7 @@ A reading lists what it understood, what it ignored, what it assumed, and what t
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from peftscope.memory.question import METHOD_OPTIONS, SCALED_LOGITS, Question, a
 from peftscope.methods import METHODS
 from peftscope.models.shapes import ModelShape, module_path
 from peftscope.sizing.jobs import ANSWERED, job_of, read_job
-from peftscope.sizing.reading import Reading, exists, flatten, read_content, read_rows, spoken
+from peftscope.sizing.reading import Reading, flatten, read_content, read_rows, spoken
 from peftscope.sizing.trainers import recognise
 
 STAND_INS: dict[str, tuple[Any, Any, str]] = {
@@ -160,7 +161,7 @@ def _model_of(reading: Reading) -> Model:
     name, key = reading.model or "", reading.keys.get("model", "model")
     local = reading.path.parent / name
     try:
-        if key != "model" and exists(local):
+        if key != "model" and os.path.exists(local):
             return describe_model(str(local))
         model = describe_model(name)
     except InputError as error:

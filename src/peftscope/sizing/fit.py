@@ -153,12 +153,7 @@ class Search:
 
     A method without a closed form is simulated only once, with the given options, because a simulation is slow.
 
-    Args:
-        model: The base.
-        method: The name of the method.
-        asked: The options. Those that the method does not have are left out.
-        needs: The card, and what is known of it from other searches.
-        gpus: The number of cards.
+    Options that the method does not have are left out. ``needs`` has what is known of the card from other searches.
 
     Raises:
         InputError: The method cannot run with the options.
@@ -233,10 +228,7 @@ class Search:
     def largest(self, field: str, limit: int, *, tight: bool = False) -> int | None:
         """Returns the largest value of a field that fits, with all else unchanged, or None if not even 1 fits.
 
-        Args:
-            field: ``batch_size``, ``seq_len`` or ``rank``.
-            limit: The largest value to try.
-            tight: Whether the allocator may give cached memory back.
+        ``limit`` is the largest value to try; ``tight``: the allocator may give cached memory back.
 
         Raises:
             InputError: The method has no closed form.

@@ -92,10 +92,7 @@ NAMED = re.compile(r"(?<![a-z])(dpo|kto|orpo|simpo|grpo|ppo|rloo|reward)(?![a-z]
 def job_of(trainer: str, path: Path, values: Mapping[str, Any]) -> tuple[str, str]:
     """Returns the job that a file asks for, and the key that says so; empty if none does.
 
-    Args:
-        trainer: The trainer of the file.
-        path: The file. For TRL's files its name counts, and that of its folder.
-        values: The content; keys of nested mappings are joined by dots.
+    For TRL's files the name of the file counts, too, and that of its folder.
     """
     built_on_trl = trainer in ("TRL", "alignment-handbook")
     named = NAMED.search("/".join(path.absolute().parts[-2:])) if built_on_trl else None

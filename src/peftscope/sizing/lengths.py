@@ -168,9 +168,7 @@ def _read_lines(path: Path, read: Callable[[str], Any], remedy: str) -> Iterator
 def answer_lengths(question: Question, lengths: Sequence[int]) -> LengthsAnswer:
     """Returns the peaks of full batches that are as wide as the items of a data set are long.
 
-    Args:
-        question: The run, whose ``seq_len`` is the most tokens of a row, and the card.
-        lengths: The tokens of each item.
+    The question's ``seq_len`` is the most tokens of a row, and ``lengths`` are the tokens of each item.
 
     Raises:
         InputError: The run has no closed form, trains nothing, or packs its items.

@@ -44,11 +44,8 @@ def processor_step(
 ) -> tuple[float, float]:
     """Returns the seconds of a step, and those of one forward pass on one batch.
 
-    Args:
-        passes: What ``processor_passes`` returns.
-        flops: The floating-point operations per second of a large product.
-        copied_bytes: The bytes per second of a large copy, read and written.
-        constants: The constants; None: those that were fitted.
+    ``flops`` and ``copied_bytes`` are those a second of a large product, and of a large copy, read and written. The
+    constants are those that were fitted, unless others are given.
     """
     on_cards, content = fitted()
     known = constants or ProcessorConstants(**content["processor"])

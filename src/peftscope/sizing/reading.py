@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ class Reading:
         if not isinstance(value, str):
             return value
         path = beside(self.path, value)
-        if not exists(path):
+        if not os.path.exists(path):
             problem = Problem(f"{self.path}: {key}", f"no such file: {path}", "put it there, or remove the key")
             raise InputError(problem)
         self.understood.append(f"{key}: read {path}")
@@ -231,15 +232,7 @@ def read_content(path: Path) -> Any:
 def beside(path: Path, name: str) -> Path:
     """Returns the file that a file names, relative to its folder or to one above, as trainers start at a root."""
     places = [folder / name for folder in (path.parent, *path.absolute().parent.parents)]
-    return next((place for place in places if exists(place)), places[0])
-
-
-def exists(path: Path) -> bool:
-    """Returns whether a path exists; a name that is too long for one does not."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
+    return next((place for place in places if os.path.exists(place)), places[0])
 
 
 def spoken(value: Any) -> str:

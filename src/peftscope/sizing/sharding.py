@@ -37,10 +37,8 @@ PARTIAL_STAGE = 2
 def read_sharding(reading: Reading, *, mixed: bool) -> None:
     """Notes how the file shards the model, and over how many cards if a companion file says it.
 
-    Args:
-        reading: The file.
-        mixed: Whether it trains in mixed precision. Shards of trained weights are in fp32 then, and layers compute in
-            bf16, whatever the weights were loaded in.
+    ``mixed``: it trains in mixed precision. Shards of trained weights are in fp32 then, and layers compute in bf16,
+    whatever the weights were loaded in.
 
     Raises:
         InputError: A companion file is missing or cannot be read.

@@ -209,9 +209,7 @@ Passes = list[tuple[list[tuple[Operation, float]], int]]
 def passes_of(question: Question, dequantised_bytes: float = DEQUANTISED_BYTES) -> Passes:
     """Returns the forward pass and, of a method that trains, the backward pass with recomputation and the optimizer's.
 
-    Args:
-        question: The run. Its model has a shape.
-        dequantised_bytes: The bytes that unpacking a 4-bit weight reads and writes; those of bitsandbytes.
+    ``dequantised_bytes`` are those that unpacking a 4-bit weight reads and writes.
     """
     spec, shape = question.spec, question.model.shape
     assert shape is not None
@@ -233,11 +231,7 @@ def step_time(
     A kernel takes the larger of its arithmetic and its bytes. The host launches kernels ahead of the card, so that a
     pass takes the larger of its kernels and its launches.
 
-    Args:
-        question: The run. Its model has a shape.
-        speed: What the card can do.
-        constants: The constants; None: those that were fitted.
-        passes: What ``passes_of`` returns, if it is known.
+    ``constants`` are those that were fitted, unless others are given; ``passes`` is what ``passes_of`` returns.
     """
     spec, shape, constants = question.spec, question.model.shape, constants or fitted()[0]
     assert shape is not None

@@ -18,15 +18,14 @@ SAVED_MODULES = ("embed_tokens", "lm_head")
 """Modules of which a copy can be trained beside an adapter."""
 
 
-def refused(keys: str, what: str, remedy: str = "leave it out") -> Row:
-    """Returns the row of keys that are refused when they are switched on, because what they ask for is not modelled."""
+def refused(key: str, what: str) -> Row:
+    """Returns the row of a key that is refused when it is switched on, because what it asks for is not modelled."""
 
     def read(reading: Reading, row: Row) -> None:
-        for key in row.keys:
-            if reading.is_on(key):
-                reading.refuse(key, f"{what} is not modelled (got {shown(reading.values[key])})", remedy)
+        if reading.is_on(key):
+            reading.refuse(key, f"{what} is not modelled (got {shown(reading.values[key])})", "leave it out")
 
-    return Row("", keys, read=read)
+    return Row("", key, read=read)
 
 
 def saving(key: str, what: str) -> Row:
@@ -187,12 +186,7 @@ def read_half(reading: Reading, default: str = "") -> bool:
 def set_precision(reading: Reading, trainer: Trainer, *, narrow: bool, half: bool, mixed: bool) -> None:
     """Sets the precision, and what follows: what the trainer does beside its keys, and the shards.
 
-    Args:
-        reading: The file.
-        trainer: The trainer whose regime holds.
-        narrow: Whether the weights are in 16 bits.
-        half: Whether products are.
-        mixed: Whether it trains in mixed precision.
+    ``narrow``: the weights are in 16 bits; ``half``: products are; ``mixed``: it trains in mixed precision.
     """
     reading.options["precision"] = "bf16" if narrow else "amp" if half else "fp32"
     names = ["keep_logits", "loss"]

@@ -27,24 +27,19 @@ PEFT = "PEFT 0.21, tuners/lora/config.py"
 ADALORA = "PEFT 0.21, tuners/adalora/config.py"
 COPIES = "transformers 5.24, training_args.py"
 
+SAME_NAMES = ("adamw_8bit", "adamw_torch_4bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion_8bit", "muon")
 OPTIMIZERS: dict[str, tuple[str, str | None]] = {
+    **{name: (name, None) for name in SAME_NAMES},
     "adamw_torch": ("adamw", "foreach"),
     "adamw_torch_fused": ("adamw", "fused"),
     "adamw_hf": ("adamw", "foreach"),
-    "adamw_8bit": ("adamw_8bit", None),
     "adamw_bnb_8bit": ("adamw_8bit", None),
-    "paged_adamw": ("paged_adamw", None),
+    "adamw_torch_8bit": ("adamw_8bit", None),
     "paged_adamw_32bit": ("paged_adamw", None),
-    "paged_adamw_8bit": ("paged_adamw_8bit", None),
     "sgd": ("sgd", "foreach"),
-    "adafactor": ("adafactor", None),
     "lion_32bit": ("lion", None),
-    "lion_8bit": ("lion_8bit", None),
-    "muon": ("muon", None),
     "galore_adamw": ("galore", None),
     "apollo_adamw": ("apollo", None),
-    "adamw_torch_8bit": ("adamw_8bit", None),
-    "adamw_torch_4bit": ("adamw_torch_4bit", None),
 }
 """transformers' names of optimizers. Source: ``OptimizerNames`` in transformers 5.24, training_args.py."""
 TORCHTUNE_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
@@ -58,30 +53,16 @@ TORCHTUNE_OPTIMIZERS: dict[str, tuple[str, str | None]] = {
 }
 PEFT_OPTIMIZERS = {"AdamW": ("adamw", "foreach")}
 
-ATTENTION = {
-    "flash_attention_2": "flash_attention_2",
-    "flash_attention_3": "flash_attention_2",
-    "kernels-community/flash-attn2": "flash_attention_2",
-    "fa2": "flash_attention_2",
-    "fa3": "flash_attention_2",
-    "kernels-community/vllm-flash-attn3": "flash_attention_2",
-    "xformers": "flash_attention_2",
-    "flex_attention": "flash_attention_2",
-    "sdpa": "sdpa",
-    "eager": "eager",
-    "disabled": "eager",
-    "auto": None,
-}
+AS_FLASH = (
+    *("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2", "fa2", "fa3"),
+    *("kernels-community/vllm-flash-attn3", "xformers", "flex_attention"),
+)
+NOT_FLASH = {"sdpa": "sdpa", "eager": "eager", "disabled": "eager", "auto": None}
+ATTENTION = dict.fromkeys(AS_FLASH, "flash_attention_2") | NOT_FLASH
 """Names of attention kernels, and the option for each; auto: transformers chooses. xformers and flex_attention keep the
 output and a sum a row, as flash attention does, which stands in for them."""
 
-PEFT_METHODS = {
-    "lora": "lora",
-    "adalora": "adalora",
-    "ia3": "ia3",
-    "prompt_tuning": "prompt-tuning",
-    "prefix_tuning": "prefix-tuning",
-}
+PEFT_METHODS = {name: name.replace("_", "-") for name in ("lora", "adalora", "ia3", "prompt_tuning", "prefix_tuning")}
 
 EVALUATION = "eval_strategy evaluation_strategy val_size do_eval"
 BATCHES = (

@@ -26,10 +26,6 @@ def saved_by_constant_norm(run: Run, model: str = MODEL) -> Measurement:
     """Returns the share of the peak of DoRA that is saved if its norm is a constant in the backward pass.
 
     Source: Liu et al. 2024, arXiv 2402.09353, section 4.3.
-
-    Args:
-        run: The options of the run.
-        model: The base model.
     """
     followed = _peak_bytes(model, {**run, "norm_gradient": True}, _DoRANormInBasePrecision)
     constant = _peak_bytes(model, {**run, "norm_gradient": False}, _DoRANormInBasePrecision)
@@ -44,11 +40,6 @@ def most_saved_by_frozen_a(run: Run, batch_sizes: tuple[int, ...], model: str = 
     """Returns the largest ratio of the peaks of LoRA and of LoRA with A frozen over some batch sizes.
 
     Source: Zhang et al. 2023, LoRA-FA, arXiv 2308.03303.
-
-    Args:
-        run: The options of the run.
-        batch_sizes: The batch sizes.
-        model: The base model.
     """
     ratios: dict[float, float] = {}
     evidence: dict[str, float] = {}

@@ -26,9 +26,6 @@ def bits_per_parameter(
     It is the geometric mean over ranks, with the interval over them.
 
     Args:
-        experiment: The experiment that stored random strings.
-        model: Its model.
-        ranks: The ranks of LoRA.
         least: A mean below this many bits counts only if every rank saw its strings often enough at its break.
         exposures: How often is enough.
 
@@ -68,10 +65,6 @@ def share_of_full(
     """Returns the bits that LoRA of a rank stores over those that full fine-tuning stores, of the same strings.
 
     Args:
-        experiment: The experiment with the runs.
-        model: Its model.
-        rank: The rank.
-        items: The number of strings.
         control: A rank with more parameters than the model. If the mean of its shares is below ``enough``, the training
             limits what is stored, and the share of a lower rank says nothing about its rank.
         enough: The share that counts as enough.

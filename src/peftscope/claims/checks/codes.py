@@ -16,7 +16,6 @@ import torch
 from bitsandbytes import functional
 from gguf import GGMLQuantizationType, quants
 from scipy import stats
-from scipy.stats import wilcoxon
 
 from peftscope.claims.measurement import Measurement, geometric_mean_of, mean_of
 from peftscope.claims.subjects import weight_matrices
@@ -163,12 +162,7 @@ def share_with_lower_error(
 ) -> Measurement:
     """Returns the share of a model's matrices on which a code has a lower error than every rival.
 
-    Args:
-        model: As for ``error_ratio``, but with all weights.
-        block: The weights per constant.
-        code: The name of a ``CodeBook``.
-        rivals: The codes to compare with.
-        metric: ``rmse`` or ``mae``, relative to the same norm of the weights.
+    All weights of a matrix count. The rest is as for ``error_ratio``.
     """
     books = [CodeBook(name) for name in (code, *rivals)]
     errors = [[_error(matrix, book, block, metric) for book in books] for matrix in _matrices(model)]
@@ -177,7 +171,7 @@ def share_with_lower_error(
     for name, theirs in zip(rivals, others, strict=True):
         evidence[f"mean {metric} of {name}"] = sum(theirs) / len(theirs)
         evidence[f"matrices on which {code} beats {name}"] = sum(a < b for a, b in zip(own, theirs, strict=True))
-        evidence[f"Wilcoxon p against {name}"] = float(wilcoxon(own, theirs).pvalue) if len(own) > 1 else 1.0
+        evidence[f"Wilcoxon p against {name}"] = float(stats.wilcoxon(own, theirs).pvalue) if len(own) > 1 else 1.0
     share = sum(mine < min(theirs) for mine, *theirs in errors) / len(errors)
     return Measurement(share, n=len(errors), evidence=evidence, model=model)
 
@@ -185,9 +179,7 @@ def share_with_lower_error(
 def likeness_of_rows_to_normal(model: str, rows: int = 32) -> Measurement:
     """Returns the squared correlation of a row's sorted weights with normal quantiles, mean of the matrices' medians.
 
-    Args:
-        model: The model whose linear weights are used.
-        rows: The number of evenly spaced rows of each matrix.
+    Of each matrix so many evenly spaced rows are taken.
     """
     medians, lowest, scores = [], 1.0, []
     for taken in _rows(model, rows):
@@ -218,12 +210,7 @@ def share_of_weights(model: str, deviations: float, rows: int = 32) -> Measureme
 def entropy_of_levels(code: str, model: str, block: int) -> Measurement:
     """Returns the entropy in bits of a code's levels, mean over matrices; 4 bits if all sixteen are used equally.
 
-    Source: Yoshida 2023, arXiv 2306.06965.
-
-    Args:
-        code: The name of a ``CodeBook``.
-        model: As for ``error_ratio``, ``CURVE_VALUES`` of each matrix.
-        block: The weights per constant.
+    ``CURVE_VALUES`` of each matrix count, as for ``error_ratio``. Source: Yoshida 2023, arXiv 2306.06965.
     """
     book = CodeBook(code)
     entropies = [_entropy([book.encoded(m.flatten()[:CURVE_VALUES], block)[0]]) for m in _matrices(model)]
@@ -253,11 +240,8 @@ def error_of_fitted_code(model: str, block: int) -> Measurement:
     """Returns the mean absolute error of the code that is best for normal values in such blocks, over that of NF4.
 
     The code is fitted to other normal values: each level is the median of the quotients nearest to it, and -1, 0 and 1
-    are kept. The value is the geometric mean over matrices, with its interval. Source: Yoshida 2023, arXiv 2306.06965.
-
-    Args:
-        model: As for ``error_ratio``, ``CURVE_VALUES`` of each matrix.
-        block: The weights per constant.
+    are kept. The value is the geometric mean over matrices, of each of which ``CURVE_VALUES`` count, with its interval.
+    Source: Yoshida 2023, arXiv 2306.06965.
     """
     fitted, nf4 = _fitted(block), CodeBook("nf4")
     samples = [matrix.flatten()[:CURVE_VALUES] for matrix in _matrices(model)]

@@ -9,9 +9,10 @@ import torch
 from bitsandbytes import functional
 
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import meta_model, operations, shape_of, tiny_llama, token_ids
+from peftscope.claims.subjects import meta_model, operations, tiny_llama, token_ids
 from peftscope.methods.fields import target_modules
 from peftscope.methods.lora import LoRA
+from peftscope.models.presets import PRESETS
 
 Trained = Literal["full", "lora", "dora", "adalora"]
 
@@ -78,7 +79,7 @@ def lora_parameters(preset: str, rank: int, targets: str) -> Measurement:
     """Returns the parameters that PEFT trains for LoRA on a model of this shape, counted on its modules."""
     method = LoRA(rank=rank, targets=targets)
     trained = _lora_count(meta_model(preset), rank, target_modules(targets))
-    formula = method.trainable_parameters(shape_of(preset))
+    formula = method.trainable_parameters(PRESETS[preset].shape)
     return Measurement(trained, model=preset, evidence={"by formula": formula})
 
 
@@ -92,14 +93,7 @@ def lora_percent(preset: str, rank: int, targets: str) -> Measurement:
 
 
 def lora_gigabytes(preset: str, rank: int, targets: str, dtypes: dict[str, str]) -> Measurement:
-    """Returns the GB of the values that training keeps for every parameter of a LoRA adapter.
-
-    Args:
-        preset: The base model.
-        rank: The rank of the adapter.
-        targets: The layers that it adapts.
-        dtypes: The torch dtype of each kept value, by the value's name.
-    """
+    """Returns the GB of the values that training keeps for every parameter of a LoRA adapter; see ``gigabytes``."""
     found = gigabytes(_lora_count(meta_model(preset), rank, target_modules(targets)), dtypes)
     half_gb_rank = rank * 0.5 / float(found.value)
     evidence = {**found.evidence, "rank that takes 0.5 GB": half_gb_rank}
@@ -164,25 +158,13 @@ def average_bits(preset: str, double_quant: bool = True, rest: str = "bfloat16")
 
 
 def operations_ratio(method: Trained, against: Trained, width: int, rank: int, tokens: int = 512) -> Measurement:
-    """Returns the operations of a training step through one square layer, divided by those of another method.
-
-    Args:
-        method: full, lora, dora or adalora.
-        against: The method to compare with.
-        width: The rows and columns of the layer.
-        rank: The rank of the adapters.
-        tokens: The tokens of a batch.
-    """
+    """Returns the operations of a training step through one square layer, divided by those of another method."""
     this, other = (_training_operations(name, width, rank, tokens) for name in (method, against))
     return Measurement(this / other, evidence={f"operations, {method}": this, f"operations, {against}": other})
 
 
 def merged_operations(method: Literal["lora", "dora"]) -> Measurement:
-    """Returns how many more operations a forward pass takes after merging than in the base, in percent.
-
-    Args:
-        method: lora or dora.
-    """
+    """Returns how many more operations a forward pass takes after merging than in the base, in percent."""
     base = tiny_llama()
     ids = token_ids(base)
     own, own_values = _forward_operations(base, ids), _count(base)

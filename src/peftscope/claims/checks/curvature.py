@@ -17,7 +17,6 @@ from peftscope.claims.measurement import Measurement, NotRunError, geometric_mea
 from peftscope.claims.subjects import fetched, fetched_model, flat
 from peftscope.data.batching import collate, tokenise
 from peftscope.data.tasks import read_split, task_folder
-from peftscope.methods import METHODS
 from peftscope.planning.published import published_records
 from peftscope.spec import RunSpec
 from peftscope.training.build import seed_everything
@@ -34,24 +33,13 @@ def sharpness_ratio(
     layers). The value is the geometric mean over batches, with its interval. Source: Lee et al. 2026, arXiv 2602.04998.
 
     Args:
-        model: A fetched base model.
-        task: The task with the items.
-        method: The numerator's method.
-        against: The denominator's method.
         alpha: The alpha of both, so that both have one scale.
-        batches: The number of batches.
-        items: The items of a batch.
         steps: The steps of Lanczos' iteration; its largest value approaches the eigenvalue from below.
     """
-    found = {
-        name: _sharpness(
-            RunSpec(model=model, task=task, learning_rate=1e-4, method=METHODS[name].model_validate({"alpha": alpha})),
-            batches,
-            items,
-            steps,
-        )
-        for name in (method, against)
-    }
+    about, found = {"model": model, "task": task, "learning_rate": 1e-4}, {}
+    for name in (method, against):
+        spec = RunSpec.model_validate({**about, "method": {"name": name, "alpha": alpha}})
+        found[name] = _sharpness(spec, batches, items, steps)
     logs = [math.log(a / b) for a, b in zip(found[method], found[against], strict=True)]
     evidence = {f"mean of {name}": sum(each) / len(each) for name, each in found.items()}
     return geometric_mean_of(logs, evidence=evidence, model=f"{model}, {task}")
@@ -61,14 +49,8 @@ def rate_with_sharpness(study: str, arms: list[str], batches: int, items: int, s
     """Returns Spearman's correlation over arms of the best learning rate with the largest eigenvalue at the start.
 
     The eigenvalue is that of the Hessian in all parameters that an arm trains, before training, as in
-    ``sharpness_ratio``. The best rate, and the interval, are those of ``training.learning_rate_ratio``.
-
-    Args:
-        study: A published study.
-        arms: The arms.
-        batches: The number of batches.
-        items: The items of a batch.
-        steps: The steps of Lanczos' iteration.
+    ``sharpness_ratio``. The best rate, and the interval, are those of ``training.learning_rate_ratio``. The study is a
+    published one.
     """
     results, records = StudyResults(study), published_records(study)
     specs = {arm: json.loads(records[results.arm_runs(arm)["run_id"].iloc[0]])["spec"] for arm in arms}

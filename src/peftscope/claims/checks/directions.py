@@ -34,10 +34,6 @@ def shared_direction(
     Source: Hu et al. 2021, arXiv 2106.09685, section 7.2.
 
     Args:
-        study: The study's experiment.
-        arm: The arm with the direction.
-        against: The arm with the leading directions.
-        modules: The adapted modules that are averaged.
         of: The directions of the factor A, as in the source, or of the update B A.
         index: Which direction, from 1.
     """
@@ -60,9 +56,6 @@ def amplification(study: str, arm: str, modules: list[str], over: str = "") -> M
     over matrices and seeds. Source: Hu et al. 2021, arXiv 2106.09685, section 7.3 and table 7.
 
     Args:
-        study: The study's experiment.
-        arm: The arm.
-        modules: The adapted modules that are averaged.
         over: Another arm. With one, the value is the arm's factor over this arm's.
     """
 

@@ -15,11 +15,6 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
 
     That is the lowest loss on validation items that both reach along the training, and the rise of the code length of
     English prose in bits per byte at that point, interpolated between two measurements. Runs are paired by seed.
-
-    Args:
-        study: The study's experiment.
-        arm: The arm.
-        against: The arm to compare with.
     """
     results = StudyResults(study)
     runs, other = results.arm_runs(arm), results.arm_runs(against)
@@ -44,11 +39,7 @@ def least_forgotten(study: str, arm: str, against: str) -> Measurement:
     """Returns how much less an arm has forgotten than another at equal loss, each at the rate that forgets least there.
 
     Of the losses along that frontier, the one counts that says least for the arm which forgets less over all of them.
-
-    Args:
-        study: The study's experiment, whose arms run at several rates and score prose along the training.
-        arm: The arm.
-        against: The arm to compare with.
+    The arms run at several rates and score prose along the training.
     """
     results = StudyResults(study)
     along = frontier(results, (arm, against))

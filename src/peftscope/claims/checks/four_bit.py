@@ -66,13 +66,9 @@ def bits_saved(rows: int = 4096, columns: int = 4096) -> Measurement:
     return Measurement(before - after, evidence=evidence, model=f"Linear4bit {rows} × {columns}")
 
 
-def quantisations_in_a_forward_pass(trains: bool = True) -> Measurement:
-    """Returns how often a layer quantises its weight in one forward pass.
-
-    Args:
-        trains: Whether the input needs a gradient, as it does after a trained adapter.
-    """
-    calls = _kernels(_layer(256, 256, double_quant=False), _inputs(256).requires_grad_(trains))
+def quantisations_in_a_forward_pass() -> Measurement:
+    """Returns how often a layer quantises its weight in a forward pass whose input needs a gradient, as in training."""
+    calls = _kernels(_layer(256, 256, double_quant=False), _inputs(256).requires_grad_())
     return Measurement(
         sum("bitsandbytes::quantize" in name for name, _ in calls),
         evidence={"dequantisations": sum(name == "bitsandbytes::dequantize_4bit" for name, _ in calls)},
@@ -81,11 +77,7 @@ def quantisations_in_a_forward_pass(trains: bool = True) -> Measurement:
 
 
 def bits_of_the_multiplied_weight(compute_dtype: str = "bfloat16") -> Measurement:
-    """Returns the bits per value of the weight that enters a layer's matrix product.
-
-    Args:
-        compute_dtype: The dtype in which the layer computes; QLoRA uses bfloat16.
-    """
+    """Returns the bits per value of the weight that enters a layer's matrix product; QLoRA computes in bfloat16."""
     layer = _layer(256, 256, double_quant=True, compute_dtype=compute_dtype)
     inputs = _inputs(256)
     operands = next(types for name, types in _kernels(layer, inputs) if name == "aten::linear")
@@ -128,19 +120,14 @@ def dtype_of_adapters(base_dtype: str = "bfloat16") -> Measurement:
     )
 
 
-def changed_base_bits(steps: int = 5, lr: float = 1e-2) -> Measurement:
-    """Returns how many bits of the 4-bit weights and their constants differ after training LoRA on them.
-
-    Args:
-        steps: The number of AdamW steps.
-        lr: The learning rate, large enough that adapters change much.
-    """
+def changed_base_bits(steps: int = 5) -> Measurement:
+    """Returns how many bits of the 4-bit weights and their constants differ after steps of AdamW with LoRA on them."""
     model = _qlora("float32")
     layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
     before = [tensor.clone() for layer in layers for tensor in _stored(layer)]
     trained = [p for p in model.parameters() if p.requires_grad]
     started = [p.detach().clone() for p in trained]
-    losses = list(backward_steps(model, steps, learning_rate=lr))
+    losses = list(backward_steps(model, steps, learning_rate=1e-2))  # so large that adapters change much
     after = [tensor for layer in layers for tensor in _stored(layer)]
     return Measurement(
         sum(_different_bits(a, b) for a, b in zip(before, after, strict=True)),

@@ -1,7 +1,8 @@
 """Compares runs of ``experiments/gpu-check.yaml`` on CUDA cards. Nothing is measured here; rows of a CPU never count.
 
-A run is given by the options of ``peftscope memory``. If several cards measured it, the most extreme value counts, and
-the evidence shows the others. Contributed cards count where none of ours has measured, and the measurement says so.
+A run is given by the options of ``peftscope memory``. If several cards measured it, the most extreme value counts, the
+smallest or the largest, and the evidence shows the others. Contributed cards count where none of ours has measured, and
+the measurement says so.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ FOLDERS = (str(RESULTS), str(PUBLISHED_RESULTS), str(CONTRIBUTED_RESULTS))
 
 Run = dict[str, Any]
 Extreme = Literal["smallest", "largest"]
-
-
 Found = tuple[str, tuple[float, float, float]]
 """What was timed beside a card and a batch size, and its ratio with both bounds."""
 
@@ -40,13 +39,7 @@ def step_ratio(
 ) -> Measurement:
     """Returns the ratio of two runs' median step times with its interval, where it is most extreme.
 
-    Args:
-        run: The options of the numerator's run.
-        against: The options of the denominator's run.
-        batch_sizes: The batch sizes. If a run ran out of memory, there is no ratio, and the evidence says so.
-        extreme: Whether the smallest or the largest ratio counts.
-        model: The base model.
-        results: The folders of results.
+    At a batch size at which a run ran out of memory there is no ratio, and the evidence says so.
     """
 
     def ratio(above: Row, below: Row) -> list[Found]:
@@ -68,14 +61,10 @@ def latency_ratio(
     """Returns the ratio of two median latencies with its interval, in the setting where it is most extreme.
 
     Args:
-        run: The options of the adapter.
         state: The numerator: the base alone, the adapter apart, or merged.
         over: The denominator.
         passes: A whole prompt, or one further token.
         batch_sizes: The numbers of prompts at once.
-        extreme: Whether the smallest or the largest ratio counts.
-        model: The base model.
-        results: The folders of results.
     """
 
     def ratios(row: Row) -> list[Found]:

@@ -1,6 +1,7 @@
 """The initial errors of LoftQ and PiSSA on a 4-bit base, and the spectra of random updates.
 
-Checks use the float weights of a fetched model. bitsandbytes quantises them to NF4 in blocks of 64 with fp32 constants.
+Checks use the float weights of a fetched model: so many of its ``matrices``, evenly spread over it; 0 means all.
+bitsandbytes quantises them to NF4 in blocks of 64 with fp32 constants. ``rank`` is that of B A.
 """
 
 from __future__ import annotations
@@ -50,12 +51,9 @@ def loftq_error_ratio(model: str, rank: int, alpha: float, iterations: int, by: 
     """Returns the error of LoftQ's start over NF4's, ‖W − (Q + sBA)‖ / ‖W − NF4(W)‖: the median over matrices.
 
     Args:
-        model: The model with the weights.
-        rank: The rank of B A.
         alpha: The numerator of the scale s = alpha / rank, as in a LoRA layer.
         iterations: The number of alternations of quantising and approximating.
         by: ``peft`` for PEFT's own initialisation, ``peftscope`` for this project's, which keeps the scale.
-        matrices: The number of matrices, evenly spread over the model; 0 means all.
     """
     start = {"peft": _peft_start, "peftscope": _own_start}[by]
     ratios = []
@@ -71,11 +69,8 @@ def loftq_error_after(model: str, rank: int, iterations: int, over: int, matrice
     The error is the Frobenius norm of W − (Q + BA) at scale 1. Source: Li et al. 2023, arXiv 2310.08659, section 4.4.
 
     Args:
-        model: The model with the weights.
-        rank: The rank of B A.
         iterations: The iterations of the numerator, and the last of the figure.
         over: The iterations of the denominator; 0 is NF4 alone.
-        matrices: The number of matrices, evenly spread over the model; 0 means all.
     """
     errors = []
     for _, weight in _some(model, matrices):
@@ -95,10 +90,8 @@ def loftq_output_error_ratio(model: str, ranks: list[int], rank: int, iterations
     over a few sentences, with its interval.
 
     Args:
-        model: A fetched encoder.
         ranks: The ranks of the figure.
         rank: The rank of the value. alpha equals it, so that the scale is 1.
-        iterations: The iterations of LoftQ.
     """
     exact = _answers(model, lambda weight: weight)
     plain = [float((found - true).norm()) for found, true in zip(_answers(model, _nf4), exact, strict=True)]
@@ -126,11 +119,7 @@ def qpissa_error_ratio(model: str, rank: int, iterations: int, norm: str, matric
     one iteration both alternate. Source: Meng et al. 2024, arXiv 2404.02948, table 4, which takes the nuclear norm.
 
     Args:
-        model: The model with the weights.
-        rank: The rank of B A.
-        iterations: The iterations of both methods.
         norm: ``nuclear`` (sum of singular values) or ``frobenius`` (root of the sum of their squares).
-        matrices: The number of matrices, evenly spread over the model; 0 means all.
     """
     ratios, pissa_saves, loftq_saves = [], [], []
     for _, weight in _some(model, matrices):
@@ -155,11 +144,9 @@ def intruders_of_random_updates(model: str, rank: int, sizes: list[float], size:
     W stays below 0.5. Source: Shuttleworth et al. 2024, arXiv 2410.21228.
 
     Args:
-        model: The model with the weights.
         rank: The rank of the low-rank update.
         sizes: The values of ‖U‖/‖W‖ (Frobenius) of the figure.
         size: The size of the value.
-        matrices: The number of matrices, evenly spread over the model; 0 means all.
     """
     torch.manual_seed(0)
     counts = {kind: {each: list[int]() for each in sizes} for kind in ("low rank", "full rank")}
@@ -190,16 +177,9 @@ def _some(model: str, matrices: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _median(ratios: list[float], model: str, matrices: int) -> Measurement:
     """Returns the median, with its interval if only some of the model's matrices were taken."""
-    found = Measurement(
-        statistics.median(ratios),
-        n=len(ratios),
-        model=model,
-        evidence={"smallest": min(ratios), "largest": max(ratios)},
-    )
-    if not matrices:
-        return found
-    low, high = median_interval(ratios)
-    return replace(found, low=low, high=high)
+    low, high = median_interval(ratios) if matrices else (None, None)
+    evidence = {"smallest": min(ratios), "largest": max(ratios)}
+    return Measurement(statistics.median(ratios), low, high, len(ratios), evidence=evidence, model=model)
 
 
 def _nf4(weight: torch.Tensor) -> torch.Tensor:

@@ -59,15 +59,7 @@ def share_of_peak(kinds: list[str], run: Run, model: str = MODEL, how: How = "si
 
 
 def ratio_at_peak(kinds: list[str], run: Run, over: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
-    """Returns some kinds of tensors at the peak of a run over the same kinds at that of another run.
-
-    Args:
-        kinds: Some of ``peftscope.memory.trace.KINDS``.
-        run: The options of the numerator's run.
-        over: The options of the denominator's run.
-        model: The base model.
-        how: By simulation or in closed form.
-    """
+    """Returns some kinds of tensors at the peak of a run over the same kinds at that of another; see ``at_peak``."""
     above, below = (float(at_peak(kinds, options, model, how).value) for options in (run, over))
     evidence = {"above the line, GB": above, "below the line, GB": below}
     return Measurement(above / below, evidence=evidence, model=model)
@@ -126,15 +118,7 @@ def fewest_cards(gpu: str, regimes: dict[str, Run], run: Run, model: str = MODEL
 def smallest_peak_ratio(
     run: Run, against: Run, batch_sizes: tuple[int, ...] = (1,), model: str = MODEL, how: How = "simulation"
 ) -> Measurement:
-    """Returns the ratio of the peaks of two runs at the batch size where it is smallest.
-
-    Args:
-        run: The options of the numerator's run.
-        against: The options of the denominator's run.
-        batch_sizes: The batch sizes that are scanned in closed form.
-        model: The base model.
-        how: Whether the smallest ratio is then simulated, or taken in closed form as well.
-    """
+    """Returns the ratio of the peaks of two runs at the batch size where it is smallest; see ``at_peak``."""
 
     def ratio(size: int) -> float:
         above, below = (_peaks(model, {**options, "batch_size": size}) for options in (run, against))

@@ -22,8 +22,9 @@ from peftscope.claims.lora_subjects import (
     trained,
 )
 from peftscope.claims.measurement import Measurement
-from peftscope.claims.subjects import BLOCK_LINEAR, TINY, flat, meta_model, operations, shape_of, tiny_llama, token_ids
+from peftscope.claims.subjects import BLOCK_LINEAR, TINY, flat, meta_model, operations, tiny_llama, token_ids
 from peftscope.methods.lora import LoRA
+from peftscope.models.presets import PRESETS
 
 
 def model_formula_error(targets: Sequence[str]) -> Measurement:
@@ -58,7 +59,7 @@ def extra_flops(preset: str, rank: int, targets: str, merged: bool) -> Measureme
     model = get_peft_model(meta_model(preset), LoraConfig(r=rank, target_modules=list(method.targets_of())))
     adapted = lora_layers(model)
     found = _flops(model.merge_and_unload() if merged else model)
-    hidden = shape_of(preset).hidden_size
+    hidden = PRESETS[preset].shape.hidden_size
     return Measurement(
         100 * (found / base - 1),
         n=len(adapted),

@@ -42,12 +42,8 @@ def loss_added_by_double_quantization(model: str) -> Measurement:
 def shift_added_by_rivals(model: str, code: str, rivals: Sequence[str]) -> Measurement:
     """Returns by how much further the nearest rival moves an encoder's embeddings than a code does, in %.
 
-    An embedding is the mean of a window's token vectors; its shift is told in % of its norm.
-
-    Args:
-        model: The encoder whose linear weights inside the blocks are rounded.
-        code: The name of a ``CodeBook``.
-        rivals: The codes to compare with.
+    Weights and codes are as in ``loss_added_by_rivals``. An embedding is the mean of a window's token vectors; its
+    shift is told in % of its norm.
     """
     return _added(_shifts, model, code, rivals, "shift in %")
 

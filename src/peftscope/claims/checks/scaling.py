@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import torch
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from scipy.linalg import qr
 
 from peftscope.analysis.stats import share_interval
@@ -26,6 +26,7 @@ from peftscope.claims.lora_subjects import (
 )
 from peftscope.claims.measurement import Measurement, log_slope
 from peftscope.claims.subjects import TINY, tiny_llama, token_ids
+from peftscope.files.content import Strict
 
 
 def product_rank_excess(shapes: int) -> Measurement:
@@ -130,10 +131,8 @@ def trained_rank(ranks: Sequence[int], alpha_over_rank: float, steps: int) -> Me
     return Measurement(max(shares), n=len(shares), evidence={"smallest": min(shares)}, model=TINY, **drawn)
 
 
-class Published(BaseModel):
+class Published(Strict):
     """What a paper prints."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     source: Annotated[str, Field(min_length=8, description="paper, and table, section or script")]

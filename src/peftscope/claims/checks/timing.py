@@ -1,7 +1,8 @@
 """Times on this machine's processor: two kinds of work in turns, so that what slows the machine slows both.
 
-Weights are random. Each pair times both works, and every second pair begins with the other one. The quantity is the
-median of the pairs' ratios, with the interval of its order statistics. Run these checks on an idle machine.
+Weights are random. A run is given by the options of ``peftscope memory``, beside those of ``RUN``. Each pair times both
+works, and every second pair begins with the other one. The quantity is the median of the pairs' ratios, with the
+interval of its order statistics. Run these checks on an idle machine.
 """
 
 from __future__ import annotations
@@ -30,14 +31,7 @@ Work = Callable[[], Any]
 
 
 def step_ratio(run: dict[str, Any], against: dict[str, Any], model: str = MODEL, pairs: int = 12) -> Measurement:
-    """Returns the time of a training step over that of another run's.
-
-    Args:
-        run: The options of the numerator's run, as in ``peftscope memory``, beside those of ``RUN``.
-        against: The options of the denominator's run.
-        model: The base model whose shape both have.
-        pairs: The number of pairs.
-    """
+    """Returns the time of a training step over that of another run's, on weights of the model's shape."""
     return _paired(_training_step(model, run), _training_step(model, against), pairs, model)
 
 
@@ -46,11 +40,7 @@ def latency_ratio(
 ) -> Measurement:
     """Returns the time of a forward pass with PEFT's adapter apart over that with the adapter merged.
 
-    Args:
-        run: The options of the adapter, as in ``peftscope memory``, beside those of ``RUN``.
-        work: A whole prompt, or one further token with a key-value cache.
-        model: The base model whose shape both have.
-        pairs: The number of pairs.
+    The work is a whole prompt, or one further token with a key-value cache.
     """
     apart, merged = (_forward(model, run, work, merge) for merge in (False, True))
     return _paired(apart, merged, pairs, model)

@@ -58,13 +58,8 @@ def learning_rate_spread(study: str, arms: list[str], resamples: int = 2000) -> 
 def rate_correlation(study: str, arms: list[str], setting: str, resamples: int = 2000) -> Measurement:
     """Returns Spearman's correlation over arms of the best learning rate with a setting; see ``learning_rate_ratio``.
 
-    Equal best rates of all arms, which an end of the lists can make of them, count as a correlation of 0.
-
-    Args:
-        study: The study's experiment.
-        arms: The arms, each with another value of the setting.
-        setting: A field of the runs, such as ``alpha``.
-        resamples: The samples of the bootstrap.
+    A setting is a field of the runs, such as ``alpha``. Equal best rates of all arms, which an end of the lists can
+    make of them, count as a correlation of 0.
     """
     results = StudyResults(study)
     values = [float(results.tuning_runs(arm)[setting].iloc[0]) for arm in arms]
@@ -81,10 +76,7 @@ def _over_rates(
     """Returns a combination of the best learning rates of some arms, with the interval of a bootstrap.
 
     Args:
-        results: The study.
-        arms: The arms.
         combine: Gives the logarithm of the quantity from those of the rates, of shape (arms, samples).
-        resamples: The number of samples.
         finish: Gives the quantity from what ``combine`` gives.
     """
     random, beside = np.random.default_rng(0), dict[str, Quantity]()
@@ -158,7 +150,6 @@ def heldout_gain_on_base(study: str, against: str, base_weights: str, arm: str =
 
     Args:
         study: The study's experiment, which has a run of the untouched base in these weights.
-        against: The arm to compare with.
         base_weights: The weights of the untouched base, such as ``nf2``.
         arm: The arm that trains on this base; empty: none does.
 
@@ -194,7 +185,6 @@ def difference_of_gains(study: str, first: list[str], second: list[str]) -> Meas
     """Returns how much larger one gain in held-out loss is than another.
 
     Args:
-        study: The study's experiment.
         first: An arm and the arm whose loss less its own is the first gain.
         second: The same for the second gain.
     """
@@ -225,13 +215,8 @@ def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
 def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measurement:
     """Returns the smallest rank whose held-out loss is the same as the best rank's.
 
-    The interval goes from the smallest rank that is not worse by more than the margin to the smallest that was shown to
-    be the same. The value is the smallest whose mean is within the margin.
-
-    Args:
-        study: The study's experiment.
-        ranks: The rank of each arm.
-        margin: The margin as a share of the task gain.
+    The interval goes from the smallest rank that is not worse by more than the margin, a share of the task gain, to the
+    smallest that was shown to be the same. The value is the smallest whose mean is within the margin.
     """
     results = StudyResults(study)
     ordered = sorted(ranks, key=lambda arm: ranks[arm])
@@ -257,13 +242,8 @@ def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measureme
 def furthest(study: str, arms: dict[str, str], margin: float) -> Measurement:
     """Returns the held-out gain of the arm that contradicts sameness within a margin most.
 
-    That is an arm whose interval lies outside of the margin, if there is one, and otherwise the one that reaches
-    furthest.
-
-    Args:
-        study: The study's experiment.
-        arms: Each arm with the arm that it is compared with.
-        margin: The margin as a share of the task gain.
+    That is an arm whose interval lies outside of the margin, a share of the task gain, if there is one, and otherwise
+    the one that reaches furthest. Each arm is given with the one that it is compared with.
     """
     found = {arm: heldout_gain(study, arm, against) for arm, against in arms.items()}
 

@@ -15,7 +15,6 @@ from peftscope.analysis.study import HELDOUT, StudyResults, paired
 from peftscope.analysis.weights import after_training, read_weights
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 
-AXES = ("largest singular values", "share of the energy, median matrix")
 PARTS = {"attention": "[qkvo]_proj", "feed-forward": "(gate|up|down)_proj"}
 """The modules of a block's two parts, as patterns."""
 
@@ -24,8 +23,6 @@ def update_rank(study: str, arm: str, over: float = 1, of_side: bool = False) ->
     """Returns how many singular values hold 90 % of the energy of an update, in the median matrix; the mean over seeds.
 
     Args:
-        study: The study's experiment.
-        arm: The arm.
         over: What the number is divided by.
         of_side: Whether it is also divided by the matrix's smaller side.
     """
@@ -59,14 +56,9 @@ def rank_growth(study: str, arm: str) -> Measurement:
 def rank_across_parts(study: str, arm: str, part: str, over: str) -> Measurement:
     """Returns the rank of the updates in one part of the blocks over that in the other; the mean over seeds.
 
-    The rank is the number of singular values that hold 90 % of the energy, over that of a Gaussian matrix of the same
-    shape, mean over matrices. Source: Biderman et al. 2024, arXiv 2405.09673, section 4.6, on square matrices.
-
-    Args:
-        study: The study's experiment.
-        arm: The arm.
-        part: ``attention`` or ``feed-forward``.
-        over: The other one.
+    A part is ``attention`` or ``feed-forward``. The rank is the number of singular values that hold 90 % of the energy,
+    over that of a Gaussian matrix of the same shape, mean over matrices.
+    Source: Biderman et al. 2024, arXiv 2405.09673, section 4.6, on square matrices.
     """
     results, table = _after(study, arm)
     shares = table["rank_90"] / table["gaussian_rank_90"]
@@ -148,8 +140,6 @@ def magnitude_with_direction(study: str, arm: str, module: str, within_steps: bo
     Source: Liu et al. 2024, arXiv 2402.09353, section 3.2, which shows it for query matrices at four steps.
 
     Args:
-        study: The study's experiment.
-        arm: The arm.
         module: The matrices, one in each layer.
         within_steps: Whether the mean of the correlations over layers at each step is taken, without what grows along
             the training.
@@ -183,8 +173,6 @@ def rank_with_worth(study: str, arm: str, kept: bool = False, given: str = "") -
     The worth is the rise of the held-out loss when that update alone is set to zero. The mean is over seeds.
 
     Args:
-        study: The study's experiment.
-        arm: The arm.
         kept: Whether to leave out matrices without any rank, whose worth is zero by definition.
         given: A measured quantity that both may follow, such as the size of the update. It is partialled out.
     """

@@ -29,11 +29,7 @@ NORM_PLACES: dict[str, tuple[str, ...]] = {
 def _norm(model: TapedModel, name: str, x: Shaped, groups: str = "1") -> Shaped:
     """Stands for ``LlamaRMSNorm``, ``Gemma2RMSNorm``, ``Gemma3RMSNorm`` and ``Olmo2RMSNorm``.
 
-    Args:
-        model: The model.
-        name: Of the norm.
-        x: Its input.
-        groups: The number of parts of a token that are each divided by a root of their own, as a named dimension.
+    ``groups`` is the number of parts of a token that are each divided by a root of their own, as a named dimension.
     """
     tape, weight, before = model.tape, model.weights[name], x.width
     tape.module = name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from peftscope.memory.kernels import LOGPROB_COLUMNS, LOGPROB_ROWS, liger_chunk
 from peftscope.memory.question import Question
-from peftscope.models.shapes import Experts
 
 DIMENSIONS = {
     "B": "rows of a batch",
@@ -122,6 +121,9 @@ def sizes_of(question: Question, batch_size: int | None = None) -> dict[str, int
     of_row = question.responses if question.scores_responses else length
     kept = batch * of_row
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    of_experts: dict[str, int] = {}
+    if one := shape.experts:
+        of_experts = {"m": batch * length * one.per_token, "e": one.number, "J": one.size, "2J": 2 * one.size}
     return {
         "1": 1,
         "2": 2,
@@ -146,18 +148,12 @@ def sizes_of(question: Question, batch_size: int | None = None) -> dict[str, int
         "I": shape.intermediate_size,
         "2I": 2 * shape.intermediate_size,
         "o": question.beside.optimizer_rank,
-        **_experts(shape.experts, batch * length),
+        **of_experts,
         "V": shape.vocab_size,
         "r": getattr(spec.method, spec.method.rank_field, 1),
         "v": virtual,
         **(dict(zip("WXY", question.model.vision[1:], strict=True)) if question.model.vision else {}),
     }
-
-
-def _experts(experts: Experts | None, tokens: int) -> dict[str, int]:
-    if experts is None:
-        return {}
-    return {"m": tokens * experts.per_token, "e": experts.number, "J": experts.size, "2J": 2 * experts.size}
 
 
 def evaluation_sizes(question: Question) -> dict[str, int]:

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peftscope.errors import InputError
-from peftscope.hardware.cards import speed_of
+from peftscope.hardware.cards import GPUS, speed_of
 from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.base import describe_model
 from peftscope.methods import METHODS
-from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, cards_by_memory, changed, smaller_models
+from peftscope.models.presets import PRESETS
+from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, changed
 from peftscope.report.advice.rules import HABIT, Findings, Rules, Standing
 from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings, Situation, settings_for
 from peftscope.sizing.duration import unvalidated
@@ -235,7 +236,8 @@ def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
         f"The least that runs of this project take is {method} with one sequence of {least['seq_len']} tokens and "
         f"recomputation: {spoken_bytes(peaks[method], 1)}, {missing} more than the card has."
     )
-    for name in smaller_models(situation.billions):
+    by_size = sorted(PRESETS.items(), key=lambda item: -item[1].shape.parameters)
+    for name in (name for name, preset in by_size if preset.shape.parameters < 1e9 * situation.billions):
         smaller = describe_model(name)
         assert smaller.shape is not None
         rest = smaller.shape.parameters - smaller.shape.linear_parameters
@@ -250,8 +252,8 @@ def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
         if peak <= situation.gpu.usable_bytes:
             yield f"A smaller model on this card: {name} with {method} at {length} tokens, {spoken_bytes(peak, 1)}."
             break
-    larger = next((card for card in cards_by_memory() if card.usable_bytes >= peaks[method]), None)
-    if larger:
+    enough = [card for card in GPUS.values() if card.usable_bytes >= peaks[method]]
+    if larger := min(enough, key=lambda card: card.usable_bytes, default=None):
         yield f"A larger card for this model: {larger.name} ({spoken_bytes(larger.usable_bytes, 1)})."
     for name, each, bytes_a_weight in SHARDED:
         fields = {**_most_changed(fitter, name), **least, **each, "optimizer": "adamw"}

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations, islice
 from typing import Any
 
-from peftscope.hardware.cards import GPUS, Fits, Gpu
+from peftscope.hardware.cards import Fits
 from peftscope.memory.base import Model
 from peftscope.memory.question import Question, ask
 from peftscope.methods import METHODS
-from peftscope.models.presets import PRESETS
 from peftscope.planning.forecast import Forecaster
 from peftscope.report.advice.rules import Change, Findings, Rules, Standing
 from peftscope.report.advice.settings import Settings, Situation, settings_for
@@ -141,18 +140,15 @@ class Fitter:
         lengths: Sequence[int],
     ) -> Iterator[Option]:
         """Yields the options of these sets of changes that fit, each at the largest of the lengths at which it does."""
+        step_examples = max(1, int(settings.value("batch")) // self.situation.gpus)  # that each card sees
         for subset in subsets:
             changes = [*always, *subset]
             fields = changed(settings.fields, changes)
             for length in lengths:
-                batch = self._batch({**fields, "seq_len": length}, self.step_examples(settings))
+                batch = self._batch({**fields, "seq_len": length}, step_examples)
                 if batch:
                     yield self._option(settings, changes, {**fields, "seq_len": length, **batch})
                     break
-
-    def step_examples(self, settings: Settings) -> int:
-        """Returns the examples that each card sees in a step."""
-        return max(1, int(settings.value("batch")) // self.situation.gpus)
 
     def _batch(self, fields: Mapping[str, Any], step_examples: int) -> dict[str, Any] | None:
         """Returns the batch and whether activations are recomputed, or None if not even one sequence fits."""
@@ -223,14 +219,3 @@ def changed(fields: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, A
         if change.rank is not None and after.get("rank", 0) > change.rank:
             after |= {"rank": change.rank, "alpha": after["alpha"] * change.rank / after["rank"]}
     return after
-
-
-def smaller_models(billions: float) -> Iterator[str]:
-    """Yields the names of known models with fewer parameters, the largest first."""
-    by_size = sorted(PRESETS.items(), key=lambda item: -item[1].shape.parameters)
-    yield from (name for name, preset in by_size if preset.shape.parameters < 1e9 * billions)
-
-
-def cards_by_memory() -> list[Gpu]:
-    """Returns the known cards, the smallest first."""
-    return sorted(GPUS.values(), key=lambda card: card.usable_bytes)
