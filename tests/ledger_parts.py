@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from conftest import REPOSITORY
 
-from peftscope.claims.evaluate import PartFinding, evaluate_part
+from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.ledger import Claim, Part, read_ledger
 from peftscope.claims.stored import read_findings
 from peftscope.claims.verdict import Verdict
@@ -65,14 +65,6 @@ def part_with(claim: str, check: str, **given: Any) -> Part:
 
 def changed_part(part: Part, **changed: Any) -> Part:
     return part.model_copy(update={"with_": {**part.with_, **changed}})
-
-
-def finding_of(claim: str, index: int = -1, **changed: Any) -> PartFinding:
-    return evaluate_part(part_of(claim, index, **changed))
-
-
-def verdict_of(claim: str, index: int = -1, **changed: Any) -> Verdict:
-    return finding_of(claim, index, **changed).verdict
 
 
 def deciding(claim: str) -> list[Part]:

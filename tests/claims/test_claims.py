@@ -13,9 +13,9 @@ import yaml
 from conftest import REPOSITORY, Command
 from ledger_parts import PUBLISHED_CLAIMS, changed_part, claims, published_findings
 
-from peftscope.claims.evaluate import Finding, PartFinding, check_key, evaluate, evaluate_part, moved
+from peftscope.claims.evaluate import Finding, PartFinding, evaluate, evaluate_part, moved
 from peftscope.claims.ledger import Change, Claim, Part, read_history, read_ledger
-from peftscope.claims.measurement import Measurement, NotRunError
+from peftscope.claims.measurement import Measurement
 from peftscope.claims.stored import read_findings, unexplained_changes
 from peftscope.claims.verdict import READINGS, Reading, Rule, Verdict, judge
 from peftscope.cli.claims import _measure
@@ -273,12 +273,6 @@ def test_it_says_how_it_is_known() -> None:
     assert PartFinding(part(), Verdict.NOT_RUN).known == ""
 
 
-def test_no_estimate_is_called_computed() -> None:
-    for finding in published_findings():
-        for found in finding["parts"]:
-            assert found["low"] is None or not found["known"].startswith("computed"), finding["id"]
-
-
 def test_a_claim_is_told_with_its_verdict_and_every_number_that_decides(tmp_path: Path) -> None:
     other = PART | {CHECK: {"rows": 8, "columns": 8, "rank": 2}, "rule": {"equals": 2}}
     (claim,) = ledger_of(tmp_path, ENTRY | {"parts": [*ENTRY["parts"], other]})
@@ -366,12 +360,6 @@ def test_another_file_is_refused_as_claims(text: str, tmp_path: Path) -> None:
         read_findings(path)
 
 
-def test_a_stored_measurement_is_judged_and_not_made_again() -> None:
-    stored = {check_key(CHECK, PART[CHECK]): Measurement(255.0)}
-    assert evaluate_part(part(), stored=stored).verdict == Verdict.HOLDS
-    assert evaluate_part(part(), stored={}).verdict == Verdict.WRONG
-
-
 def test_what_is_measured_anew_is_not_taken_from_another_claim(tmp_path: Path) -> None:
     """S88 and P21 share a check; a file on P21 alone has its measurement."""
     (p21,) = (deepcopy(finding) for finding in published_findings() if finding["id"] == "P21")
@@ -445,15 +433,6 @@ def test_the_history_is_of_claims_and_in_order() -> None:
     history = read_history()
     assert {change.claim for change in history} <= claims().keys()
     assert [change.date for change in history] == sorted(change.date for change in history)
-
-
-def test_a_check_that_cannot_run_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(**_: Any) -> Measurement:
-        raise NotRunError("no weights")
-
-    monkeypatch.setattr("peftscope.claims.evaluate.known_checks", lambda: {CHECK: missing})
-    found = evaluate_part(part())
-    assert (found.verdict, found.reason) == (Verdict.NOT_RUN, "no weights")
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ledger_parts import verdict_of
+from ledger_parts import verdicts_of
 
 from peftscope.claims.checks import codes, quantised_models
 from peftscope.claims.checks.codes import CODES, CodeBook
 from peftscope.claims.measurement import NotRunError
 from peftscope.claims.verdict import Verdict
-
-
-@pytest.fixture(autouse=True)
-def no_results_of_another_test() -> None:
-    quantised_models._losses.cache_clear()
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -66,7 +61,7 @@ def test_relative_errors_of_normal_values_are_those_of_the_literature() -> None:
 def test_weights_that_were_not_fetched_are_no_verdict(in_tmp: None) -> None:
     with pytest.raises(NotRunError, match="peftscope fetch minilm"):
         codes.share_with_lower_error("minilm", 64, "nf4", ["int4"])
-    assert verdict_of("S64") == Verdict.NOT_RUN
+    assert verdicts_of("S64") == [Verdict.NOT_RUN]
 
 
 def test_only_linear_layers_inside_the_blocks_are_rounded(toy: Path) -> None:

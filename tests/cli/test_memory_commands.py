@@ -87,6 +87,7 @@ ERRORS = {
     "lengths and data": (["smollm2-135m", *LENGTHS, "--data", "d.jsonl"], "lengths: --data was given", "leave out one"),
     "lengths explained": (["smollm2-135m", *LENGTHS, "--explain"], "explain: is about one batch", "leave it out"),
     "lengths packed": (["smollm2-135m", *LENGTHS, "--packed"], "packing: packed rows have up to", "--padded"),
+    "lengths untrained": (["smollm2-135m", *LENGTHS, "--method", "none"], "none has no training", "another method"),
     "no tokenizer": (["smollm2-135m", *DATA, "nowhere"], "tokenizer: nowhere is no folder", "tokenizer.json"),
     "an empty tokenizer": (["smollm2-135m", *DATA, "."], "tokenizer: none can be loaded from .", "tokenizer.json"),
     "long lengths": (["smollm2-135m", "--lengths", "long.txt"], "seq_len: 9000 is over the model's", "at most 8192"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import resource
-import subprocess
-import sys
 from fractions import Fraction
 from math import ceil, prod
 from typing import Any
 
 import pytest
+from conftest import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -228,7 +227,7 @@ def test_sharding_takes_less_on_each_card() -> None:
 def test_an_answer_takes_a_fraction_of_a_second(slowness: float) -> None:
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "peftscope", "memory", "llama-2-7b"], capture_output=True, check=True)
+        python("-m", "peftscope", "memory", "llama-2-7b", check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

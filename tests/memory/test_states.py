@@ -50,28 +50,22 @@ def test_states_are_those_of_the_code(name: str) -> None:
     assert found.agreement.startswith("no peak of such a run was measured on a card")
 
 
-def test_adafactor_keeps_what_transformers_keeps() -> None:
-    for shape in ((6, 10), (10,), (3, 6, 10)):
-        weight = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
-        weight.grad = torch.ones_like(weight)
-        optimizer = Adafactor([weight])
-        optimizer.step()
-        kept = [value for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.ndim]
-        dims = tuple("eqh"[-len(shape) :])
-        sizes = dict(zip(dims, shape, strict=True))
-        states, _ = states_of("adafactor", dims, 2, sizes, layer=True)
-        assert [(value.numel(), value.element_size()) for value in kept] == [
-            (int(torch.tensor([sizes[dim] for dim in names]).prod()), width) for names, width in states
-        ]
-
-
-def test_muon_keeps_what_torch_keeps() -> None:
-    weight = torch.nn.Parameter(torch.ones(6, 10, dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    ("name", "make", "shape"),
+    [*(("adafactor", Adafactor, shape) for shape in ((6, 10), (10,), (3, 6, 10))), ("muon", torch.optim.Muon, (6, 10))],
+)
+def test_an_optimizer_keeps_what_its_code_keeps(name: str, make: Any, shape: tuple[int, ...]) -> None:
+    weight = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
     weight.grad = torch.ones_like(weight)
-    optimizer = torch.optim.Muon([weight])
+    optimizer = make([weight])
     optimizer.step()
-    (kept,) = optimizer.state[weight].values()
-    assert states_of("muon", ("q", "h"), 2, {"q": 6, "h": 10}, layer=True)[0] == [(("q", "h"), kept.element_size())]
+    kept = [value for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.ndim]
+    dims = tuple("eqh"[-len(shape) :])
+    sizes = dict(zip(dims, shape, strict=True))
+    states, _ = states_of(name, dims, 2, sizes, layer=True)
+    assert [(value.numel(), value.element_size()) for value in kept] == [
+        (int(torch.tensor([sizes[dim] for dim in names]).prod()), width) for names, width in states
+    ]
 
 
 def test_an_optimizer_in_the_backward_pass_keeps_no_gradients() -> None:

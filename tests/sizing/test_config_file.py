@@ -95,21 +95,16 @@ def complaint(folder: Path, content: Any, **given: Any) -> str:
 
 
 @pytest.mark.parametrize("trainer", FILES)
-def test_a_file_asks_what_one_would_ask_by_hand(trainer: str, tmp_path: Path) -> None:
+def test_a_file_asks_what_one_would_ask_by_hand_and_every_key_is_named(trainer: str, tmp_path: Path) -> None:
     reading = read(tmp_path, FILES[trainer], NEEDED.get(trainer))
     assert reading.trainer == trainer
+    understood = {line.split(":")[0] for line in reading.understood}
+    assert not understood & set(reading.ignored)
+    assert set(reading.values) <= understood | set(reading.ignored)
     spec = question_of(reading, gpus=None).spec
     model, options = ASKED[trainer]
     by_hand = ask(describe_model(model), options).spec
     assert spec.model_dump(exclude={"model"}) == by_hand.model_dump(exclude={"model"})
-
-
-@pytest.mark.parametrize("trainer", FILES)
-def test_every_key_is_understood_or_ignored_by_name(trainer: str, tmp_path: Path) -> None:
-    reading = read(tmp_path, FILES[trainer], NEEDED.get(trainer))
-    understood = {line.split(":")[0] for line in reading.understood}
-    assert not understood & set(reading.ignored)
-    assert set(reading.values) <= understood | set(reading.ignored)
 
 
 def test_the_command_line_replaces_the_file(tmp_path: Path) -> None:

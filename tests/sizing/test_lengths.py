@@ -6,10 +6,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import pytest
 from test_memory import model_of, small_shape
 
-from peftscope.errors import InputError
 from peftscope.hardware.cards import CONTEXT_BYTES, Gpu
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.question import Question, ask
@@ -88,15 +86,3 @@ def test_what_is_longer_than_a_row_is_cut() -> None:
     answer = answer_lengths(question_of(seq_len=100), LENGTHS)
     assert answer.cut_items == sum(length > 100 for length in LENGTHS)
     assert answer.quantiles[-1].width == 100
-
-
-@pytest.mark.parametrize(
-    ("options", "what"),
-    [
-        ({"packing": True}, "packing: packed rows have up to seq_len=420 tokens, .* -> .*--padded"),
-        ({"method": "none"}, "with none has no training in closed form"),
-    ],
-)
-def test_a_question_that_a_data_set_does_not_answer(options: dict[str, Any], what: str) -> None:
-    with pytest.raises(InputError, match=what):
-        answer_lengths(question_of(**options), LENGTHS)

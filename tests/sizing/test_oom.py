@@ -11,7 +11,7 @@ from conftest import Command
 
 from peftscope.errors import InputError
 from peftscope.memory.allocator import segment_bytes
-from peftscope.memory.answer import name_of, peaks_by_formula, prepared_bytes
+from peftscope.memory.answer import name_of, peaks_by_formula
 from peftscope.memory.base import describe_model
 from peftscope.memory.formula.step import trace_training
 from peftscope.memory.question import Question, ask
@@ -162,14 +162,6 @@ def test_changes_make_it_fit(options: dict[str, Any]) -> None:
         peaks = peaks_by_formula(run_of("llama-3-8b", **options | changed), evaluation="eval_batch_size" in changed)
         assert peaks.least_bytes <= 24 * GIB and peaks.device_bytes == remedy.peak_device_bytes
     assert "they do not fit" in found.sentences[-1]
-
-
-def test_what_preparation_adds_is_the_half_of_a_copy() -> None:
-    question = run_of("llama-3-8b", method="qlora", kbit_preparation=True)
-    blocks = peaks_by_formula(question).alive("load")
-    assert {2 * prepared_bytes(question, block) for block in blocks if block.kind == "weights"} == {
-        block.size for block in blocks if block.kind == "weights"
-    }
 
 
 def test_options_replace_what_a_spec_says(tmp_path: Path, peftscope: Command) -> None:

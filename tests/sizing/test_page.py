@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +15,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from conftest import Command, launched
+from conftest import Command, launched, python
 from test_memory import small_shape
 
 from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS
@@ -40,7 +38,7 @@ def test_the_page_brings_every_room_that_its_answers_need(repository: Path) -> N
     code += "setting = json.dumps({'model': 'llama-2-7b', 'gpu': '24GiB'})"
     code += "; page.form(); page.answer(setting); page.why(setting, setting); next(page.fits(setting))"
     code += "; print(*(name for name in sys.modules if name.startswith('peftscope.')))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repository)
+    done = python("-c", code, check=True, cwd=repository)
     needed = {name.split(".")[1] for name in done.stdout.split()}
     build = runpy.run_path(str(repository / "calculator" / "build.py"))
     assert {"memory", "sizing", "words"} <= needed <= {room.removesuffix(".py") for room in build["ROOMS"]}
