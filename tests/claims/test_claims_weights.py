@@ -286,9 +286,11 @@ def forgetting_world(prose: dict[str, Callable[[float], float]]) -> None:
             score = 1.0 + prose[row["label"]](task) + jitter
             losses.append({"run_id": row["run_id"], "step": step, "nll_nats_per_token": task})
             losses[-1] |= {"validation_nll_nats_per_token": task, "retention_bits_per_byte": score}
+            losses[-1]["shift_from_base_nats"] = 3.6 - task
         mine, end = runs["run_id"] == row["run_id"], ends[row["label"]]
         runs.loc[mine, "validation_nll_nats_per_token"] = end
         runs.loc[mine, "retention_bits_per_byte"] = 1.0 + prose[row["label"]](end) + jitter
+        runs.loc[mine, "shift_from_base_nats"] = 3.6 - end
     runs["retention_bits_per_byte_before"] = 1.0
     runs.to_csv(results_folder("sums") / "runs.csv", index=False)
     pd.DataFrame(losses).to_csv(results_folder("sums") / "losses.csv", index=False)
@@ -310,6 +312,11 @@ def test_what_is_forgotten_is_compared_where_the_same_was_learned() -> None:
     assert along.evidence["loss on the task, nats per token"] == pytest.approx(2, rel=0.01)
     assert along.value == pytest.approx(0.1 * 1.6, abs=0.002)
     assert "the difference from lora is +0.310 (full), +0.000 (r64)" in forgetting_sentence("sums")
+    # Where both have moved as far LoRA has forgotten half as much, so that more than the shift decides.
+    assert verdicts_of("P63") == ["wrong"]
+    assert judged("P63").deciding[0].found.value == pytest.approx(-0.5, abs=0.01)
+    forgetting_world(arms | {"lora": line(0.2)})
+    assert verdicts_of("P63") == ["holds"]
     # At its end LoRA has forgotten more, because it has learned more.
     forgetting_world(arms | {"lora": line(0.195)})
     found = judged("P7").deciding[0].found

@@ -12,7 +12,7 @@ import pandas as pd
 from peftscope.errors import InputError, Problem
 from peftscope.layout import how_to_run, record_path, results_folder, run_folder, tuned_path
 from peftscope.planning.cells import FINE, TUNING
-from peftscope.planning.published import RETENTION, VALIDATION, loss_rows
+from peftscope.planning.published import RETENTION, SHIFT, VALIDATION, loss_rows
 from peftscope.planning.sweep import Sweep
 from peftscope.record import TRY_AGAIN, Damaged, Quality, RunRecord, read_record, recover_record
 from peftscope.spec import RunSpec
@@ -68,7 +68,7 @@ def collect_experiment(sweep: Sweep) -> None:
         raise InputError(problems)
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
-    columns = ["run_id", "step", "nll_nats_per_token", VALIDATION, RETENTION]
+    columns = ["run_id", "step", "nll_nats_per_token", VALIDATION, RETENTION, SHIFT]
     pd.DataFrame(losses, columns=columns).to_csv(folder / "losses.csv", index=False)
 
 
@@ -150,7 +150,7 @@ def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "exact_match_items": quality.exact_match_items,
         "greedy_match_fraction": quality.greedy_match,
         "token_accuracy_fraction": quality.token_accuracy,
-        "shift_from_base_nats": quality.shift.get("from_base"),
+        SHIFT: quality.shift.get("from_base"),
         "shift_to_base_nats": quality.shift.get("to_base"),
         "retention_bits_per_byte_before": quality.retention_bits_per_byte_before,
         RETENTION: quality.retention_bits_per_byte,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
@@ -9,13 +10,14 @@ import pandas as pd
 from peftscope.analysis.stats import where_reached
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem
-from peftscope.planning.published import RETENTION, VALIDATION
+from peftscope.planning.published import RETENTION, SHIFT, VALIDATION
 
 
 def curves(study: StudyResults, runs: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
-    """Yields for each run its seed, and its validation loss (``task``) and rise on prose (``rise``) by step.
+    """Yields for each run its seed, and by step its validation loss (``task``) and its rise on prose (``rise``).
 
-    The rise is in bits per byte, from before the training. Step 0 is the base. Runs that diverged are left out.
+    The rise is in bits per byte, from before the training. ``nearness`` is minus the shift of the answers from the base in
+    nats, empty if that was not measured. Step 0 is the base. Runs that diverged are left out.
 
     Raises:
         InputError: The study did not score both along the training.
@@ -24,21 +26,23 @@ def curves(study: StudyResults, runs: pd.DataFrame) -> Iterator[tuple[int, pd.Da
     along = study.losses
     for row in runs[runs["status"] == "ok"].to_dict("records"):
         before = row[f"{RETENTION}_before"]
-        mine = along.loc[row["run_id"]]
-        points = mine[[VALIDATION, RETENTION]].dropna() if RETENTION in mine else mine.iloc[:0]
+        points = along.loc[row["run_id"]].reindex(columns=[VALIDATION, RETENTION, SHIFT])
+        points = points.dropna(subset=[VALIDATION, RETENTION])
         if points.empty or pd.isna(before):
             remedy = "set retention_every and validation_every to the same steps"
             raise InputError(Problem(f"the study `{study.name}`", "prose was not scored along its training", remedy))
-        points.loc[0], points.loc[int(row["steps"])] = (base, before), (row[VALIDATION], row[RETENTION])
+        points.loc[0] = (base, before, 0.0)
+        points.loc[int(row["steps"])] = (row[VALIDATION], row[RETENTION], row.get(SHIFT, math.nan))
         points = points.sort_index()
-        yield row["seed"], pd.DataFrame({"task": points[VALIDATION], "rise": points[RETENTION] - before})
+        rise, nearness = points[RETENTION] - before, -points[SHIFT]
+        yield row["seed"], pd.DataFrame({"task": points[VALIDATION], "rise": rise, "nearness": nearness})
 
 
-def matched_rises(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:
-    """Returns the lowest loss on the task that both curves reach, and the rise on prose of each where it reaches it."""
-    loss = max(first["task"].min(), second["task"].min())
-    one, other = (where_reached(curve["task"], curve["rise"], loss) for curve in (first, second))
-    return loss, one, other
+def matched_rises(first: pd.DataFrame, second: pd.DataFrame, by: str = "task") -> tuple[float, float, float]:
+    """Returns the lowest value of a column that both curves reach, and the rise on prose of each where it does."""
+    lowest = max(first[by].min(), second[by].min())
+    one, other = (where_reached(curve[by], curve["rise"], lowest) for curve in (first, second))
+    return lowest, one, other
 
 
 def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[pd.Series]]:

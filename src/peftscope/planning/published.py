@@ -16,6 +16,7 @@ from peftscope.layout import published, published_paths
 VALIDATION = "validation_nll_nats_per_token"
 """The column of the loss on validation items: at the end of a run, or along its training."""
 RETENTION = "retention_bits_per_byte"
+SHIFT = "shift_from_base_nats"
 """The column of the score on English prose."""
 RECORDS, ITEMS, LOSSES = "records.parquet", "items.parquet", "losses.parquet"
 LARGEST_BYTES = 5_000_000
@@ -51,9 +52,15 @@ def write_runs(folder: Path, runs: Iterable[Path]) -> None:
 
 def loss_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns one row per training step of a record: its training loss and, where measured, what else was scored."""
-    along, prose = (record["quality"].get(f"{name}_curve", {}) for name in ("validation", "retention"))
+    along, prose, moved = (record["quality"].get(f"{name}_curve", {}) for name in ("validation", "retention", "shift"))
     return [
-        {"step": step, "nll_nats_per_token": nll, VALIDATION: along.get(str(step)), RETENTION: prose.get(str(step))}
+        {
+            "step": step,
+            "nll_nats_per_token": nll,
+            VALIDATION: along.get(str(step)),
+            RETENTION: prose.get(str(step)),
+            SHIFT: moved.get(str(step), {}).get("from_base"),
+        }
         for step, nll in enumerate(record["train_nll"], 1)
     ]
 

@@ -35,6 +35,28 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
     return over_seeds(results, sample, evidence, (*runs["run_id"], *other["run_id"]))
 
 
+def more_at_equal_shift(study: str, arm: str, against: str) -> Measurement:
+    """Returns how much more an arm has forgotten than another where both have moved their answers as far from the base.
+
+    That is the largest shift that both reach along the training; see ``evaluation.heldout`` and ``less_forgotten``. The
+    difference is told as a share of what the other has forgotten there, the mean of its seeds.
+    """
+    results = StudyResults(study)
+    runs = [results.arm_runs(name) for name in (arm, against)]
+    mine, theirs = ({seed: c for seed, c in curves(results, of_arm) if c["nearness"].notna().all()} for of_arm in runs)
+    if not (seeds := sorted(mine.keys() & theirs.keys())):
+        raise NotRunError(f"the study `{study}` has no pair of runs that kept the shift of their answers")
+    matched = [matched_rises(mine[seed], theirs[seed], "nearness") for seed in seeds]
+    nearness, firsts, seconds = zip(*matched, strict=True)
+    evidence: dict[str, Quantity] = {
+        "matched shift, nats per answer token": -fmean(nearness),
+        f"rise on prose there, {arm}": fmean(firsts),
+        f"rise on prose there, {against}": fmean(seconds),
+    }
+    sample = [(first - second) / fmean(seconds) for first, second in zip(firsts, seconds, strict=True)]
+    return over_seeds(results, sample, evidence, (run for of_arm in runs for run in of_arm["run_id"]))
+
+
 def least_forgotten(study: str, arm: str, against: str) -> Measurement:
     """Returns how much less an arm has forgotten than another at equal loss, each at the rate that forgets least there.
 
