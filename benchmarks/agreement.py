@@ -67,11 +67,8 @@ def random_question(
 ) -> Question:
     """Returns a question about a method on one of the architectures, cut to few layers so that it is simulated fast.
 
-    Args:
-        method: The method; None: any that goes with the job.
-        source: What decides all else.
-        whole: Whether the model has all its layers.
-        job: What options may be for another job than supervised fine-tuning.
+    Without a method it is about any that goes with the job; ``job`` says what options may be for another one than
+    supervised fine-tuning. A whole model has all its layers.
     """
     asked = method
     while True:
@@ -120,19 +117,11 @@ def random_question(
             continue
 
 
-def random_questions(seed: int, rounds: int = ROUNDS) -> Iterator[Question]:
-    """Yields random questions, each method in turn; the seed decides all of them."""
+def random_questions(seed: int, count: int = ROUNDS * len(TRAINED), whole: bool = False) -> Iterator[Question]:
+    """Yields random questions, each method in turn; the seed decides all of them. Whole models have all layers."""
     source = random.Random(seed)
-    for _ in range(rounds):
-        for method in TRAINED:
-            yield random_question(method, source)
-
-
-def whole_questions(seed: int) -> Iterator[Question]:
-    """Yields random questions about models at their full depth, the methods in turn."""
-    source = random.Random(seed)
-    for method in islice(cycle(TRAINED), FULL_DEPTH):
-        yield random_question(method, source, whole=True)
+    for method in islice(cycle(TRAINED), count):
+        yield random_question(method, source, whole)
 
 
 def job_questions(seed: int) -> Iterator[Question]:
@@ -161,7 +150,7 @@ def main() -> None:
     """Measures and writes the agreement."""
     asked = {
         "cut models": list(random_questions(seed=0)),
-        "whole models": list(whole_questions(seed=0)),
+        "whole models": list(random_questions(0, FULL_DEPTH, whole=True)),
         "jobs": list(job_questions(seed=0)),
     }
     console, found = Console(stderr=True), dict[str, list[dict[str, float]]]()

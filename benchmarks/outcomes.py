@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Literal
@@ -25,12 +24,6 @@ class Outcome(PublishedRun):
     """How a run ended that somebody published."""
 
     ended: Literal["ran", "out of memory"]
-
-
-def read_outcomes(path: Path = OUTCOMES_FILE) -> list[Outcome]:
-    """Returns the published outcomes."""
-    with path.open(newline="") as file:
-        return [Outcome.model_validate(row) for row in csv.DictReader(file)]
 
 
 def judge(outcomes: list[Outcome]) -> pd.DataFrame:
@@ -81,6 +74,6 @@ def render(judged: pd.DataFrame) -> str:
 
 def publish(folder: Path, page: Path) -> None:
     """Judges every published outcome, and writes the table and the page's block."""
-    judged = judge(read_outcomes())
+    judged = judge(Outcome.read(OUTCOMES_FILE))
     judged.to_csv(folder / "outcomes.csv", index=False, lineterminator="\n")
     write_blocks({"outcomes": render(judged)}, page)

@@ -8,11 +8,7 @@ from pathlib import Path
 
 
 def write_blocks(blocks: Mapping[str, str], page: Path) -> None:
-    """Writes every block between its markers in a page, ``<!-- NAME -->`` and ``<!-- /NAME -->``.
-
-    Args:
-        blocks: The content of each block by the block's name.
-        page: A Markdown file.
+    """Writes every block, by its name, between its markers in a page, ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 
     Raises:
         ValueError: The page lacks the markers of a block.

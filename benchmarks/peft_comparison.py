@@ -27,7 +27,6 @@ PAGE = Path("docs/peft-comparison.md")
 FIGURE = Path("results/published/peft-comparison/ranking.png")
 TEST_ITEMS, VALIDATION_ITEMS = 1319, 50
 """The items behind a test accuracy, those of GSM8K's test split, and behind a validation accuracy."""
-STARS_FIGURE = FIGURE.with_name("stars.png")
 BASELINE = "FULL"
 """Full fine-tuning, which gets no stars in PEFT's shop."""
 DRAWS = 10_000
@@ -56,9 +55,8 @@ def rankings(scores: Path = SCORES) -> dict[tuple[float, int | None], Ranking]:
 def wobble(scores: Path = SCORES) -> tuple[int, float, float]:
     """Returns how far accuracy moves between two evaluations of one run late in its training.
 
-    Returns:
-        The number of runs, the root mean square of the change on the validation items, and the standard deviation that
-        a single accuracy on the test items has if each answer changes by itself.
+    These are the number of runs, the root mean square of the change on the validation items, and the standard deviation
+    that a single accuracy on the test items has if each answer changes by itself.
     """
     table = pd.read_csv(scores)
     table = table[table["test_accuracy"] > WORKING]
@@ -119,24 +117,18 @@ def render(scores: Path = SCORES) -> str:
 def stars(scores: np.ndarray) -> np.ndarray:
     """Returns the stars of each method, as PEFT's shop gives them: five to the best fifth, and one to the last.
 
+    Methods are in the last axis.
     Source: huggingface/peft at 5d602fdb, method_comparison/peft-shop/app.py, ``star_rating``.
-
-    Args:
-        scores: The scores of methods in the last axis.
     """
     better = (scores[..., None, :] > scores[..., :, None]).sum(-1)
-    found: np.ndarray = 5 - 5 * better // scores.shape[-1]
-    return found
+    return 5 - 5 * better // scores.shape[-1]
 
 
 def stars_by_chance(spread: float, scores: Path = SCORES) -> pd.DataFrame:
     """Returns for each method its published score and stars, and the share of draws in which it has 1 to 5 stars.
 
-    A method has the score of its best run, as in the shop. A draw moves the score of each run by what its seed does.
-
-    Args:
-        spread: The standard deviation of single runs between seeds.
-        scores: The table of runs.
+    A method has the score of its best run, as in the shop. A draw moves the score of each run by what its seed does,
+    with ``spread`` as its standard deviation.
     """
     table = pd.read_csv(scores)
     table = table[table["peft_type"] != BASELINE].sort_values("peft_type", kind="stable")
@@ -167,11 +159,11 @@ def render_stars(scores: Path = SCORES) -> str:
     return "\n".join(lines)
 
 
-def draw_stars(path: Path = STARS_FIGURE, scores: Path = SCORES) -> None:
+def draw_stars() -> None:
     """Draws how often each method would have each number of stars, with its published ones."""
-    found = stars_by_chance(SHOWN_SPREAD, scores)
+    found = stars_by_chance(SHOWN_SPREAD)
     shares = found[[str(n) for n in range(1, 6)]].to_numpy()
-    with new_figure(path, 6, 1.2 + 0.2 * len(found)) as axes:
+    with new_figure(FIGURE.with_name("stars.png"), 6, 1.2 + 0.2 * len(found)) as axes:
         rows, columns = np.nonzero(shares >= 0.005)
         axes.scatter(columns + 1, rows, s=90 * shares[rows, columns], color="C0")
         axes.scatter(found["stars"], range(len(found)), s=110, facecolors="none", edgecolors="C1")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -61,8 +61,6 @@ class PublishedRun(BaseModel):
     """A run that somebody published.
 
     Attributes:
-        id: A name for it.
-        source: Where it was published.
         preset: The name of the model here; empty if its shape is not known.
         gpu: The card, as ``find_gpu`` takes it.
         asked: The run as options, the number of its cards among them; empty if too little is stated to ask at all.
@@ -79,16 +77,18 @@ class PublishedRun(BaseModel):
     asked: Annotated[dict[str, Any], Json]
     not_modelled: str
 
+    @classmethod
+    def read(cls, path: Path) -> list[Self]:
+        """Returns the runs of a table."""
+        with path.open(newline="") as file:
+            return [cls.model_validate(row) for row in csv.DictReader(file)]
+
 
 class Point(PublishedRun):
-    """A figure that somebody published.
+    """A figure that somebody published; model, method and settings are in the source's words.
 
     Attributes:
-        model: The model, in the source's words.
-        method: The method, in the source's words.
-        settings: The settings, in the source's words.
         metric: The quantity and its unit.
-        value: The figure.
         kind: What was counted.
         measured_bytes: The figure in bytes; None if the run ended out of memory.
         unstated: What decides the peak and is not stated.
@@ -112,12 +112,6 @@ class Point(PublishedRun):
     def hub_id(self) -> str:
         """The model's id on a hub."""
         return self.model if "/" in self.model else PRESETS[self.preset].hub_id
-
-
-def read_points(path: Path = POINTS_FILE) -> list[Point]:
-    """Returns the published points."""
-    with path.open(newline="") as file:
-        return [Point.model_validate(row) for row in csv.DictReader(file)]
 
 
 def why_out(point: Point) -> str:

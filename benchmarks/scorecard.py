@@ -21,7 +21,7 @@ from rich.progress import track
 from benchmarks.estimators import ESTIMATORS, answers_of
 from benchmarks.outcomes import publish as publish_outcomes
 from benchmarks.page import write_blocks
-from benchmarks.points import RULE, Point, by_formula, by_simulation, question_of, read_points, why_out
+from benchmarks.points import POINTS_FILE, RULE, Point, by_formula, by_simulation, question_of, why_out
 from peftscope.execution.libraries import without_hub_kernels
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import MEASURED_FILE
@@ -282,7 +282,7 @@ def draw(scores: pd.DataFrame, tools: pd.DataFrame, path: Path) -> None:
 @without_hub_kernels()
 def main() -> None:
     """Predicts every point and writes the tables, the figure and the page."""
-    scores, tools = score(read_points())
+    scores, tools = score(Point.read(POINTS_FILE))
     PUBLISHED.mkdir(parents=True, exist_ok=True)
     scores.to_csv(PUBLISHED / "scorecard.csv", index=False)
     tools.to_csv(PUBLISHED / "estimators.csv", index=False)

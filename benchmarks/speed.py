@@ -136,11 +136,8 @@ class Measured:
         flops = sum(one.flops * (1 + one.backward) * one.times for one, _ in self.passes[0][0])
         tokens = self.question.spec.batch_size * self.question.spec.seq_len
         share = flops / tokens * self.tokens_per_second / self.card.bf16_flops
-        return (
-            f"over {100 * IMPOSSIBLE:.0f} % of the card's peak, even without recomputation"
-            if share > IMPOSSIBLE
-            else ""
-        )
+        said = f"over {100 * IMPOSSIBLE:.0f} % of the card's peak, even without recomputation"
+        return said if share > IMPOSSIBLE else ""
 
     def predicted(self, constants: Constants) -> float:
         """Returns the tokens a second of one card."""

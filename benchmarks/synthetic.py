@@ -51,8 +51,7 @@ def make_workspace(folder: Path, repository: Path) -> None:
 def make_sweep(size: int) -> int:
     """Makes a finished sweep in the current workspace, and returns its number of runs.
 
-    Args:
-        size: Of its grid, a key of ``GRIDS``; its ladders are part of the grid, and the base is one run more.
+    The size of its grid is a key of ``GRIDS``; its ladders are part of the grid, and the base is one run more.
     """
     ranks, rates, seeds = GRIDS[size]
     axes = {"rank": sorted(RANKS[:ranks]), "learning_rate": sorted(RATES[:rates])}
@@ -80,10 +79,8 @@ def make_study(size: int) -> int:
     study["learning_rates"] = {arm: [rate / 3, rate, 3 * rate] for arm, rate in study.pop("chosen_rates").items()}
     arms, controls = len(study["arms"]), sum(map(len, study["controls"].values()))
     seeds = max(2, size * 3 // 4 // (3 * arms + controls))
-    study["tuning_seeds"], study["seeds"] = (
-        list(range(seeds, seeds + max(1, size // 4 // (3 * arms)))),
-        list(range(seeds)),
-    )
+    study["tuning_seeds"] = list(range(seeds, seeds + max(1, size // 4 // (3 * arms))))
+    study["seeds"] = list(range(seeds))
     _write_experiment(STUDY, content)
     for number in range(ROUNDS + 1):
         _write_runs(STUDY)
@@ -125,9 +122,8 @@ def _example(method: str) -> dict[str, Any]:
 def draw_record(spec: RunSpec, unlucky: float = 0.0) -> RunRecord:
     """Returns a record that the run could have had; the same for the same spec.
 
-    Args:
-        spec: Its method must be among those of the published ``quick`` experiment.
-        unlucky: The share of runs that run out of memory or diverge, half each.
+    Its method must be among those of the published ``quick`` experiment. Of all runs the share ``unlucky`` run out of
+    memory or diverge, half each.
     """
     example = _example(spec.method.name)
     identity = run_id(spec)
@@ -153,16 +149,9 @@ def draw_record(spec: RunSpec, unlucky: float = 0.0) -> RunRecord:
     }
     if ending < unlucky:
         half = [*curve[: STEPS // 2], None]
-        return RunRecord.model_validate(
-            record
-            | {
-                "status": "diverged",
-                "reason": "the loss is not finite",
-                "train_nll": half,
-                "train_loss": half,
-                "quality": {},
-            }
-        )
+        record |= {"status": "diverged", "reason": "the loss is not finite"}
+        record |= {"train_nll": half, "train_loss": half, "quality": {}}
+        return RunRecord.model_validate(record)
     final = curve[-1] if curve else BASE_LOSS
     record["quality"] = {
         **example["quality"],

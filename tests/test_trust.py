@@ -20,7 +20,7 @@ import torch
 from conftest import Command, python, run_here
 
 from peftscope.data.scoring import lm_eval_file, read_scoring
-from peftscope.data.tasks import make_task, task_folder
+from peftscope.data.tasks import make_task, read_split, task_folder
 from peftscope.errors import InputError
 from peftscope.execution.merge import merge_run
 from peftscope.models.catalog import LOCAL, model_folder
@@ -266,7 +266,7 @@ class TestTasks:
         answers = {item["prompt"]: item["response"] for item in made}
         monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [answers[r.args[0]] for r in requests])
         spec = make_spec(method="none", task="dates", generation_items=4)
-        rows = score_answers(load_base(spec), load_tokenizer(spec), spec)
+        rows = score_answers(load_base(spec), load_tokenizer(spec), spec, read_split("dates", "test"))
         assert [row["correct"] for row in rows] == [1, 1, 1, 1]
         assert all(row["target"] == answers[row["prompt"]] == row["answer"] for row in rows)
 

@@ -79,11 +79,8 @@ class InputError(Exception):
 def needs(extra: str) -> Iterator[None]:
     """Turns the lack of an optional package into an error for people; a context, and a decorator of functions.
 
-    Args:
-        extra: The extra of pyproject.toml that has all that the context imports.
-
     Raises:
-        InputError: The context imported a package that is not installed; the error names the extra.
+        InputError: The context imported a package that is not installed. The error names ``extra``, which has it.
     """
     try:
         yield

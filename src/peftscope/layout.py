@@ -144,13 +144,7 @@ def published(name: str) -> Path:
 def folder_with(experiment: str, file: str, *, is_published: bool = False) -> Path | None:
     """Returns the folder of an experiment's results that has a file: this workspace's, or else the published one.
 
-    Args:
-        experiment: The experiment.
-        file: The file, relative to the folder.
-        is_published: Whether results of this workspace do not count.
-
-    Returns:
-        The folder; None if no folder has the file.
+    None if neither has it. If ``is_published``, results of this workspace do not count.
     """
     folders = [published(experiment)] if is_published else [results_folder(experiment), published(experiment)]
     return next((folder for folder in folders if (folder / file).is_file()), None)

@@ -46,14 +46,7 @@ def percent(share: float) -> float:
 
 
 def interval(value: float, low: Any, high: Any, told: Callable[[float], str], unit: str = "") -> str:
-    """Returns a number with its unit and, in brackets, the bounds of its interval if it has one.
-
-    Args:
-        value: The number.
-        low: The lower bound; missing if there is no interval.
-        high: The upper bound.
-        told: Says each of the three.
-        unit: Stands behind the number.
+    """Returns a number with its unit and, in brackets, the bounds of its interval unless they are missing.
 
     >>> interval(0.5, 0.25, 0.75, lambda share: f"{percent(share):.0f}", " %"), interval(1, None, None, str)
     ('50 % [25, 75]', '1')

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import outcomes
 from benchmarks.estimators import ESTIMATORS
-from benchmarks.points import RULE, Point, by_formula, question_of, read_points, why_out
+from benchmarks.points import RULE, Point, by_formula, question_of, why_out
 from benchmarks.scorecard import errors, in_scope, measured, one_a_run, read_scores, render
 from benchmarks.threads import SIMULATED, line, read_threads
 from peftscope.hardware.cards import find_gpu
@@ -19,7 +19,7 @@ from peftscope.memory.answer import MEASURED_FILE, answer_by_formula
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import ask
 
-POINTS = {point.id: point for point in read_points(Path(__file__).parents[2] / "benchmarks" / "published_points.csv")}
+POINTS = {point.id: point for point in Point.read(Path(__file__).parents[2] / "benchmarks" / "published_points.csv")}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_an_answer_quotes_the_published_errors_of_its_kind(published: tuple[pd.D
 
 @pytest.mark.slow
 def test_the_page_shows_how_published_runs_ended(in_repository: None) -> None:
-    judged = outcomes.judge(outcomes.read_outcomes())
+    judged = outcomes.judge(outcomes.Outcome.read(outcomes.OUTCOMES_FILE))
     block = f"<!-- outcomes -->\n{outcomes.render(judged)}\n<!-- /outcomes -->\n"
     assert block in Path("docs/scorecard.md").read_text()
     published = pd.read_csv("results/published/scorecard/outcomes.csv", keep_default_na=False)

@@ -428,7 +428,7 @@ def test_answers_are_the_models_own(name: str, spec_of) -> None:
     model.eval()
     tokenizer = load_tokenizer(spec)
     with attention(model, "sdpa"), torch.no_grad():
-        for row in score_answers(model, tokenizer, spec):
+        for row in score_answers(model, tokenizer, spec, read_split(spec.task, "test")):
             tokens = tokenizer(row["prompt"], add_special_tokens=False, return_tensors="pt")["input_ids"]
             length = tokens.shape[1]
             for _ in range(8):

@@ -58,7 +58,6 @@ def find_run(rows: Iterable[Row], model: str, options: Mapping[str, Any], measur
     """Returns the row of a run without a limit of its memory, or None.
 
     Args:
-        rows: The rows of one card.
         model: The preset whose shape the run's model has.
         options: The options of ``peftscope.memory.question.ask``; the others have the defaults that they have there.
             With ``latency_tokens``, the latency of a prompt of so many tokens is meant, whatever the run trained on.

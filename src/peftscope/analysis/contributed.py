@@ -55,15 +55,13 @@ DIGEST_DIGITS = 8
 """The digits of the checksum that end a file's name."""
 
 _READINGS = ("sm_clock_mhz", "memory_clock_mhz", "power_watts", "power_limit_watts", "temperature_celsius")
-_HARDWARE = ("cpu", "cores", "memory_bytes", "system", "gpu", "gpu_memory_bytes", "cuda")
 _CARD = ("used_bytes", "other_processes", "allocator_settings", "limited_to_bytes")
-
 
 SHARED: dict[str, Any] = {
     **dict.fromkeys(("started_at", "python", "threads", "bf16_products", "alone", "prose_sha256")),
     "code": dict.fromkeys(("commit", "dirty")),
     "packages": dict.fromkeys(PACKAGES),
-    "hardware": dict.fromkeys(_HARDWARE),
+    "hardware": dict.fromkeys(("cpu", "cores", "memory_bytes", "system", "gpu", "gpu_memory_bytes", "cuda")),
     "environment": dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")),
     "card": {**dict.fromkeys(_CARD), "at_start": dict.fromkeys(_READINGS), "after_training": dict.fromkeys(_READINGS)},
     "model": dict.fromkeys(("name", "revision")),
@@ -76,14 +74,7 @@ _PLACE = re.compile(r"""(?:^|[\s"'=:(,;])(?:~?/[\w.~-]|[A-Za-z]:[\\/]|\\\\\w)|:/
 
 
 class Contribution(Strict):
-    """The finished runs of one experiment on one card.
-
-    Attributes:
-        contribution_version: The version of this schema.
-        experiment: The experiment whose runs these are.
-        card: The card's name, as its driver gives it.
-        records: The records, each without what ``anonymous`` leaves out.
-    """
+    """The finished runs of one experiment on one card, by its driver's name, without what ``anonymous`` leaves out."""
 
     contribution_version: Literal[1] = 1
     experiment: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]

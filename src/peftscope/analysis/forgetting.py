@@ -16,8 +16,8 @@ from peftscope.planning.published import RETENTION, SHIFT, VALIDATION
 def curves(study: StudyResults, runs: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
     """Yields for each run its seed, and by step its validation loss (``task``) and its rise on prose (``rise``).
 
-    The rise is in bits per byte, from before the training. ``nearness`` is minus the shift of the answers from the base in
-    nats, empty if that was not measured. Step 0 is the base. Runs that diverged are left out.
+    The rise is in bits per byte, from before the training. ``nearness`` is minus the shift of the answers from the base
+    in nats, empty if that was not measured. Step 0 is the base. Runs that diverged are left out.
 
     Raises:
         InputError: The study did not score both along the training.

@@ -243,5 +243,4 @@ def _weighted(side: np.ndarray, first: Scored) -> np.ndarray:
     """
     weights = first.items["weight"].to_numpy(float) / first.items["weight"].mean()
     mean = float((side * weights).mean())
-    scores: np.ndarray = mean + weights * (side - mean)
-    return scores
+    return mean + weights * (side - mean)

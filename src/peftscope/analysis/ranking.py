@@ -9,6 +9,7 @@ from itertools import combinations
 
 import numpy as np
 from scipy import special
+from scipy.spatial.distance import squareform
 
 from peftscope.analysis.paired import check_items, check_side, pair
 from peftscope.analysis.scored import FRACTION, Scored, unit_of
@@ -55,8 +56,7 @@ class Ranking:
 
     @property
     def _is_apart(self) -> np.ndarray:
-        apart: np.ndarray = self.holm_p < 1 - CONFIDENCE
-        return apart
+        return self.holm_p < 1 - CONFIDENCE
 
     @property
     def places(self) -> list[tuple[int, int]]:
@@ -96,7 +96,6 @@ def rank(systems: Mapping[str, Sequence[Scored]], run_spread: float | None = Non
     """Returns systems in the order of their scores.
 
     Args:
-        systems: The runs of each system.
         run_spread: The standard deviation of single runs between seeds. None: from the runs; with one run of each,
             only the items count.
         items: The number of items behind a fraction whose items were not kept apart: their draw adds a binomial error.
@@ -119,7 +118,7 @@ def rank(systems: Mapping[str, Sequence[Scored]], run_spread: float | None = Non
         apart = ((abs(a - b), math.hypot(d, e)) for (a, d), (b, e) in combinations(zip(scores, errors, strict=True), 2))
         p = [float(2 * special.ndtr(-gap / max(error, 1e-300))) for gap, error in apart]
     run_errors = np.sqrt(spread**2 + of_items**2)
-    alone, corrected = (_matrix(values, len(names)) for values in (p, holm(p)))
+    alone, corrected = (squareform(values) + np.eye(len(names)) for values in (p, holm(p)))
     return Ranking(names, scores, int(counts.min()), errors, run_errors, alone, corrected, lower_is_better)
 
 
@@ -137,13 +136,6 @@ def _check(systems: Mapping[str, Sequence[Scored]], run_spread: float | None) ->
     if run_spread is None and min(map(len, systems.values())) == 1 and not first.has_items:
         said = "one score each: nothing shows how far chance moves them"
         raise InputError(Problem(first.where, said, "give --seed-spread, the standard deviation of single runs"))
-
-
-def _matrix(p: Sequence[float], k: int) -> np.ndarray:
-    """Returns the p of each pair, given in the order of ``combinations``, as a symmetric k × k matrix."""
-    matrix = np.ones((k, k))
-    matrix[np.triu_indices(k, 1)] = p
-    return np.minimum(matrix, matrix.T)
 
 
 def _spread(all_runs: Sequence[Sequence[Scored]]) -> float:
@@ -168,13 +160,13 @@ def _item_errors(all_runs: Sequence[Sequence[Scored]], scores: np.ndarray, items
     return np.zeros(len(scores))
 
 
-def trust(ranking: Ranking, draws: int = 4000, seed: int = 0) -> Trust:
+def trust(ranking: Ranking, draws: int = 4000) -> Trust:
     """Returns how often a ranking by one run of each system is right, simulated from the spread.
 
     The true scores are drawn from what is known of them: a normal prior with the spread of the systems, and the scores
     that were seen. If each system has one run, that ranking is the one that was seen. Otherwise it is a new one.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     scores, errors = (-1 if ranking.lower_is_better else 1) * ranking.scores, ranking.errors
     noise = float((errors**2).mean())
     # The floor keeps the order of equal systems random.

@@ -33,8 +33,8 @@ class Interval:
     n: int
 
 
-def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
-    """Returns the mean of the values with its Student t interval, or None if there are no values.
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Returns the mean of the values with its 95 % Student t interval, or None if there are no values.
 
     >>> interval = mean_interval([1.0, 2.0, 3.0])
     >>> round(interval.low, 3), interval.mean, round(interval.high, 3)
@@ -50,7 +50,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     if np.ptp(sample) == 0:
         return Interval(mean, None, None, int(sample.size))
     # This computes the quantile directly: scipy's distributions spend ten times as long on checking arguments.
-    reach = special.stdtrit(sample.size - 1, (1 + confidence) / 2) * sample.std(ddof=1) / math.sqrt(sample.size)
+    reach = special.stdtrit(sample.size - 1, (1 + CONFIDENCE) / 2) * sample.std(ddof=1) / math.sqrt(sample.size)
     return Interval(mean, float(mean - reach), float(mean + reach), int(sample.size))
 
 
@@ -69,17 +69,15 @@ def trimmed_mean(values: Sequence[float]) -> float:
 
 
 def jackknife(estimate: Callable[[Sequence[int]], float], n: int) -> list[float]:
-    """Returns n values whose mean is the estimate, and whose t interval is that of the jackknife.
+    """Returns n values, two or more, whose mean is the estimate, and whose t interval is that of the jackknife.
 
     Each is the estimate plus what leaving out one of n things, times n - 1, changes from the mean of such changes.
     Source: Tukey 1958, centred at the estimate itself.
 
+    ``estimate`` computes it from the indices that are kept.
+
     >>> jackknife(lambda kept: sum([1.0, 2.0, 6.0][i] for i in kept) / len(kept), 3)
     [1.0, 2.0, 6.0]
-
-    Args:
-        estimate: Computes it from the indices that are kept.
-        n: The number of things, two or more.
     """
     whole = estimate(range(n))
     without = [estimate([i for i in range(n) if i != left]) for left in range(n)]

@@ -48,11 +48,7 @@ _CONTROL = re.compile(rf"{CONTROL}({'|'.join(get_args(Control))})-(.+)")
 
 
 class StudyResults:
-    """The results of one study, from this workspace or from the published files.
-
-    Args:
-        name: The name of the study's experiment.
-        is_published: Whether results of this workspace do not count.
+    """The results of one study, from this workspace or the published files; if ``is_published``, from these alone.
 
     Raises:
         InputError: There are no results, neither here nor published.
@@ -94,8 +90,7 @@ class StudyResults:
         if arm not in self._chosen:
             what = "was not tuned: its rate was given" if arm in self._entered else "is not in it"
             raise self._unfinished(f"the arm `{arm}` {what}")
-        found: dict[str, Any] = self._chosen[arm]
-        return found
+        return self._chosen[arm]
 
     @cached_property
     def left_out(self) -> dict[str, str]:
@@ -309,9 +304,7 @@ class StudyResults:
     def exact_match(self, arm: str, column: str = ACCURACY) -> pd.DataFrame:
         """Returns the runs of an arm, with the exact match of the untouched base for those that diverged.
 
-        Args:
-            arm: The arm.
-            column: ``ACCURACY``, of answers that were generated, or ``GREEDY``, of the whole test split.
+        The column is ``ACCURACY``, of answers that were generated, or ``GREEDY``, of the whole test split.
         """
         runs = self.arm_runs(arm)
         if column not in runs or runs[column].isna().all():
@@ -360,10 +353,7 @@ class StudyResults:
     def difference(self, arm: str, against: str, margin: float = MARGIN) -> Difference:
         """Returns how far an arm is ahead of another, in held-out loss over pairs of seeds, in nats per token.
 
-        Args:
-            arm: The arm; above 0 it is the better one.
-            against: The arm to compare with.
-            margin: Of sameness, as a share of the task gain.
+        Above 0 the arm is the better one. The margin, of sameness, is a share of the task gain.
         """
         return compare(self.pairs(arm, against), margin * self.yardstick, self.tuning_error(arm, against))
 
@@ -388,10 +378,7 @@ class StudyResults:
 def paired(first: pd.DataFrame, second: pd.DataFrame, values: pd.Series | str = HELDOUT) -> pd.DataFrame:
     """Returns one row for each seed that both have finished, with the columns ``first`` and ``second``.
 
-    Args:
-        first: The runs of one arm, one row per seed.
-        second: The runs of the arm to compare with.
-        values: The name of a column, or the values by run id.
+    Both arms have one row per seed; ``values`` names a column, or has the values by run id.
     """
     columns = {}
     for name, runs in (("first", first), ("second", second)):

@@ -61,7 +61,6 @@ def choose_rates(sweep: Sweep, number: int, *, finished_only: bool = False) -> P
     memory.
 
     Args:
-        sweep: The study.
         number: 0 for three rates around each centre, then one more where the lowest loss lies at an end.
         finished_only: Whether arms with a run that has not ended are left out; it is an error otherwise.
 
@@ -118,11 +117,7 @@ def choose_next(sweep: Sweep) -> Path:
 
 
 def choose_for_finished(sweep: Sweep) -> Sweep:
-    """Chooses the next rates, or the best one, of arms whose runs have ended before the others have.
-
-    Returns:
-        The sweep with the runs that follow.
-    """
+    """Chooses the next rates, or the best one, of arms whose runs have ended, and returns the sweep that follows."""
     bases = [run for run, spec in sweep.runs.items() if spec.method.name == "none"]
     for number in range(1, ROUNDS + 1):
         ready = rates_path(sweep.name, number - 1).is_file() and _have_ended(bases)

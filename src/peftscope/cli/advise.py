@@ -13,7 +13,7 @@ from rich.table import Table
 
 from peftscope.cli.console import FITS, wide_console
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.words import spoken_bytes, spoken_time
+from peftscope.words import counted, spoken_bytes, spoken_time
 
 if TYPE_CHECKING:
     from peftscope.report.advice.advise import Advice
@@ -94,8 +94,7 @@ def show_advice(advice: Advice, console: Console, *, why: bool) -> None:
         spec = best.question.spec
         says = [f"{spec.batch_size} × {spec.gradient_accumulation} examples a step on a card", f"{spec.seq_len} tokens"]
         says += ["recomputation"] if spec.checkpointing else []
-        epochs = best.settings.value("epochs")
-        says += [f"{epochs} epoch{'s' if epochs != 1 else ''}"]
+        says += [counted(best.settings.value("epochs"), "epoch")]
         console.print(f"It takes {lines['peak'].text} and {lines['time'].text}: {', '.join(says)}.", soft_wrap=True)
         if best.changes:
             console.print(f"So that it fits: {advice.costs(best)}.", soft_wrap=True, markup=False)

@@ -157,14 +157,10 @@ def pack(rows: Sequence[Sequence[Example]], pad_token_id: int) -> Batch:
 def training_batches(
     examples: Sequence[Example], *, seed: int, batch_size: int, pad_token_id: int, pack_to: int | None = None
 ) -> Iterator[Batch]:
-    """Yields training batches without end. The same seed gives every method the same batches in the same order.
+    """Yields training batches of ``batch_size`` rows without end, from at least one example.
 
-    Args:
-        examples: The tokenised training items, at least one.
-        seed: The seed of the order.
-        batch_size: The number of rows of a batch.
-        pad_token_id: The token that fills short rows.
-        pack_to: The most tokens of a row that holds several examples; None puts one example in each row.
+    The same seed gives every method the same batches in the same order. ``pack_to`` is the most tokens of a row that
+    holds several examples; None puts one example in each row.
     """
     order = (examples[index] for index in training_order(len(examples), seed))
     if pack_to is None:

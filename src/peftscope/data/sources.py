@@ -108,12 +108,6 @@ class RandomStringsSource(Strict):
 
     Letters and digits alternate. Tokenizers that read words and single digits give each symbol a token of its own, and
     so do tokenizers of bytes.
-
-    Attributes:
-        prompt_symbols: The symbols of the string that asks for another.
-        response_symbols: The symbols of the string that it asks for.
-        size: The number of pairs.
-        seed: The seed of the draws.
     """
 
     kind: Literal["random_strings"]

@@ -18,7 +18,6 @@ from peftscope.data.batching import Example, collate, first_tokens
 from peftscope.data.benchmarks import write_task_file
 from peftscope.data.scoring import read_scoring
 from peftscope.data.sources import Item
-from peftscope.data.tasks import read_split
 from peftscope.spec import RunSpec
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -61,12 +60,8 @@ class _UncachedLM(HFLM):
         return torch.cat([context, filled], dim=1)
 
 
-def score_answers(
-    model: Any, tokenizer: Any, spec: RunSpec, items: Sequence[Item] | None = None
-) -> list[dict[str, Any]]:
+def score_answers(model: Any, tokenizer: Any, spec: RunSpec, items: Sequence[Item]) -> list[dict[str, Any]]:
     """Returns one row for each of the first ``spec.generation_items`` items: prompt, target, answer, correct.
-
-    The items are those of the test split unless others are given.
 
     lm-eval generates greedily and scores by exact match after removing white space. The batch size is the spec's,
     because bf16 answers depend on it.
@@ -74,7 +69,7 @@ def score_answers(
     results = evaluate(
         wrap(model, tokenizer, spec),
         # The task is passed as content, because lm-eval runs the Python that `!function` names in a file.
-        [_task_config(spec.task, read_split(spec.task, "test") if items is None else items)],
+        [_task_config(spec.task, items)],
         TaskManager(include_defaults=False),
         limit=spec.generation_items,
         log_samples=True,
@@ -128,10 +123,9 @@ def evaluate(
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=WORKED_EXAMPLES_SEED)
-    results: dict[str, Any] = lm_eval.evaluate(
+    return lm_eval.evaluate(
         lm=model, task_dict=loaded, limit=limit, log_samples=log_samples, bootstrap_iters=0, verbosity="ERROR"
     )
-    return results
 
 
 def _task_config(task: str, asked: Sequence[Item]) -> dict[str, Any]:

@@ -33,36 +33,26 @@ class ItemLoss(NamedTuple):
 def response_logits(model: Any, batch: Batch, spec: RunSpec, offset: int) -> torch.Tensor:
     """Returns the logits at the kept positions, (B, K, vocabulary), in the precision of the model.
 
-    Args:
-        model: The model, in evaluation mode.
-        batch: The batch.
-        spec: The run, for its precision.
-        offset: The positions that the method adds before the tokens.
+    The model is in evaluation mode; ``offset`` is how many positions its method adds before the tokens.
     """
     with torch.no_grad(), autocast(spec):
-        logits: torch.Tensor = model(
+        return model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             logits_to_keep=batch.kept_positions + offset,
             use_cache=False,
         ).logits
-    return logits
 
 
 @torch.no_grad()
 def losses_of(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Returns the nll at the kept positions in nats, (B, K) fp32, with 0 where a row has no response token."""
-    return torch.nn.functional.cross_entropy(
-        logits.float().transpose(1, 2), batch.kept_labels, ignore_index=IGNORED, reduction="none"
-    )
-
-
-def heldout_losses(model: Any, batch: Batch, spec: RunSpec) -> torch.Tensor:
     """Returns the nll at the kept positions in nats, (B, K) fp32, with 0 where a row has no response token.
 
     Logits are computed at response positions only and the loss in fp32, whatever path training takes.
     """
-    return losses_of(response_logits(model, batch, spec, spec.method.logit_offset()), batch)
+    return torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), batch.kept_labels, ignore_index=IGNORED, reduction="none"
+    )
 
 
 def heldout_nll(model: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> list[ItemLoss]:
@@ -79,12 +69,7 @@ def nll_and_shift(
     that of the trained model from the base, KL(base, trained), ``to_base`` the other way.
     Source: Shenfeld et al. 2025, arXiv 2509.04259, section 4, which takes the first.
 
-    Args:
-        model: The model, in evaluation mode.
-        examples: The tokenised items.
-        spec: The run.
-        pad_token_id: The token that fills short rows.
-        of_base: The ``base_answers`` to these items. If there are none, the shift is empty.
+    The model is in evaluation mode. Without ``base_answers`` to these items, the shift is empty.
     """
     results, moved = [], []
     batches = evaluation_batches(examples, batch_size=spec.eval_batch_size, pad_token_id=pad_token_id)
@@ -109,13 +94,8 @@ def nll_and_shift(
 def base_answers(base: Any, examples: Sequence[Example], spec: RunSpec, pad_token_id: int) -> list[torch.Tensor]:
     """Returns what the base says at each token of the first ``SHIFT_ITEMS`` answers, before the training.
 
-    These are the logits of each batch, (answer tokens, vocabulary), in the precision of the model, on the host.
-
-    Args:
-        base: The untouched model, in evaluation mode; 4-bit weights are those that the run trains on.
-        examples: The tokenised items.
-        spec: The run.
-        pad_token_id: The token that fills short rows.
+    These are the logits of each batch, (answer tokens, vocabulary), in the precision of the model, on the host. The
+    base is in evaluation mode; its 4-bit weights are those that the run trains on.
     """
     answers = []
     batches = evaluation_batches(examples, batch_size=spec.eval_batch_size, pad_token_id=pad_token_id)

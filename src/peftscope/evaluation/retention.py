@@ -44,13 +44,8 @@ def bits_per_byte(model: Any, tokenizer: Any, spec: RunSpec, alike: str = "") ->
     the tokenizer puts before any text. Only the bytes of scored tokens count.
 
     Most runs begin with the same model, because an adapter has no effect yet. A model that gives the first window the
-    logits of one that was scored before, to the last bit, has its score.
-
-    Args:
-        model: The model, in evaluation mode.
-        tokenizer: Its tokenizer.
-        spec: The run.
-        alike: What else decides the score of a model with these logits. If empty, no other score is taken.
+    logits of one that was scored before, to the last bit, has its score. ``alike`` says what else decides the score of
+    a model with these logits. If empty, no other score is taken. The model is in evaluation mode.
     """
     ids = tokenizer(prose(), add_special_tokens=False)["input_ids"][: spec.retention_tokens]
     windows = [ids[start : start + WINDOW_TOKENS] for start in range(0, len(ids), WINDOW_TOKENS)]

@@ -24,9 +24,8 @@ GRID_BLOCK, GRID_STEPS = 32, 15
 def updated_matrices(model: Any, base: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yields the name of each linear layer inside the blocks, and its weight before and after the training, in fp32.
 
-    Args:
-        model: The trained model, with adapters of LoRA, DoRA or AdaLoRA, or fully fine-tuned.
-        base: The weights before the training by the names that they have without adapters.
+    The model has adapters of LoRA, DoRA or AdaLoRA, or is fully fine-tuned; ``base`` has the weights before the
+    training by the names that they have without adapters.
     """
     for name, module in model.named_modules():
         plain = name.removeprefix("base_model.model.")

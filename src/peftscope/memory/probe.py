@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from peftscope.data.batching import Batch
-from peftscope.evaluation.heldout import heldout_losses
+from peftscope.evaluation.heldout import losses_of, response_logits
 from peftscope.memory.trace import Peak
 from peftscope.memory.tracker import MemoryTracker, tensors_of
 from peftscope.spec import RunSpec
@@ -102,5 +102,5 @@ def track_evaluation(tracker: MemoryTracker, model: Any, batch: Batch, spec: Run
         tracker.add(tensor)
     with tracker:
         tracker.trace.begin("evaluate")
-        heldout_losses(model, batch, spec)
+        losses_of(response_logits(model, batch, spec, spec.method.logit_offset()), batch)
         tracker.trace.begin("")

@@ -294,10 +294,7 @@ class Method(BaseModel):
     def save(self, model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
         """Writes the trained weights: an adapter in PEFT's format or, for full fine-tuning, the model.
 
-        Args:
-            model: The trained model.
-            folder: The folder to write into.
-            state: The tensors by name, for a sharded model. None means the tensors of the model itself.
+        ``state`` has the tensors of a sharded model by name. None means the tensors of the model itself.
         """
         modules = [f".{name}" for name, _ in model.named_modules()]
         for config in getattr(model, "peft_config", {}).values():

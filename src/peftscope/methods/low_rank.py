@@ -25,14 +25,6 @@ from peftscope.methods.fields import (
 from peftscope.models.shapes import ModelShape
 
 
-def low_rank_parameters(shape: ModelShape, targets: str | tuple[str, ...], rank: int) -> int:
-    """Returns the size of all A (rank x in) and B (out x rank) matrices.
-
-    Source: Hu et al. 2021, section 4.2: rank * (in + out) per adapted matrix.
-    """
-    return sum(rank * (layer.inputs + layer.outputs) for layer in shape.linear_layers(target_modules(targets)))
-
-
 def decompositions(shape: ModelShape, targets: str | tuple[str, ...]) -> float:
     """Returns the number of 4096 x 4096 matrices that take as long to decompose as all targets together.
 
@@ -70,8 +62,9 @@ class LowRank(Method):
     adapter_dtype: AdapterDtype = "fp32"
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns rank * (in + out), summed over the targets."""
-        return low_rank_parameters(shape, self.targets, self.rank)
+        """Returns rank * (in + out), summed over the targets. Source: Hu et al. 2021, section 4.2."""
+        layers = shape.linear_layers(target_modules(self.targets))
+        return sum(self.rank * (layer.inputs + layer.outputs) for layer in layers)
 
     def build(self, model: Any, spec: RunSpec) -> Any:
         """Returns the base wrapped with PEFT's LoRA."""

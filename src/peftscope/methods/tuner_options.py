@@ -19,13 +19,7 @@ LIMITS_FILE = Path(__file__).with_name("tuner_limits.json")
 
 
 class Option(NamedTuple):
-    """An option of a tuner.
-
-    Attributes:
-        name: PEFT's name.
-        type: The annotation of its values, as far as they can be written in a file.
-        default: PEFT's default.
-    """
+    """An option of PEFT's, with the annotation of its values as far as they can be written in a file."""
 
     name: str
     type: str
@@ -45,8 +39,7 @@ def tuners() -> dict[str, dict[str, Option] | None]:
 @cache
 def limits() -> dict[str, dict[str, str]]:
     """Returns, for each tuner that has limits, what it cannot do and the reason."""
-    found: dict[str, dict[str, str]] = json.loads(LIMITS_FILE.read_text(encoding="utf-8"))["tuners"]
-    return found
+    return json.loads(LIMITS_FILE.read_text(encoding="utf-8"))["tuners"]
 
 
 def limit_of(tuner: str, what: str) -> str:

@@ -30,11 +30,7 @@ class Simulated(NamedTuple):
 class Preset(NamedTuple):
     """A well-known base model.
 
-    Attributes:
-        hub_id: Its hub id.
-        shape: Its sizes.
-        source: The public code that lists them: repository, file and commit, and what is from elsewhere.
-        vision: Its vision tower, if it has one.
+    Its source is the public code that lists its sizes: repository, file and commit, and what is from elsewhere.
     """
 
     hub_id: str

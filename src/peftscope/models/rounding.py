@@ -34,12 +34,7 @@ def normal_float_levels(bits: int) -> list[float]:
 
 
 def rounded(weight: torch.Tensor, code: str) -> torch.Tensor:
-    """Returns the nearest values of a code, in the weight's dtype. Zeros fill the last block.
-
-    Args:
-        weight: The values of one matrix.
-        code: ``nf2``, ``nf3`` or ``nf4``.
-    """
+    """Returns the nearest values of ``nf2``, ``nf3`` or ``nf4``, in the weight's dtype. Zeros fill the last block."""
     import torch
 
     levels = torch.tensor(normal_float_levels(int(code[2:])), device=weight.device)

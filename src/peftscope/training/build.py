@@ -62,8 +62,5 @@ def count_parameters(model: Any) -> tuple[int, int]:
     """Returns the number of values that require gradients, and of all values of a model."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # A 4-bit parameter packs two values per byte. Its quantisation state has the real shape.
-    total = sum(
-        p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
-        for p in model.parameters()
-    )
+    total = sum((getattr(p, "quant_state", None) or p).shape.numel() for p in model.parameters())
     return trainable, total

@@ -37,9 +37,8 @@ def count_work(model: Any) -> tuple[int, int]:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             weight = module.weight
-            state = getattr(weight, "quant_state", None)
             # A 4-bit weight packs two values per byte. Its quantisation state has the real shape.
-            size = state.shape.numel() if state is not None else weight.numel()
+            size = (getattr(weight, "quant_state", None) or weight).shape.numel()
             counts["head" if module is head else "body"] += size * (6 if weight.requires_grad else 4)
     return counts["body"], counts["head"]
 

@@ -49,7 +49,6 @@ class Checkpoints:
         folder: A folder in which no rule of the workflow declares files: Snakemake removes declared files before a
             retry.
         spec: The spec of the run. Checkpoints of other runs are refused.
-        seconds: The seconds between two checkpoints.
     """
 
     def __init__(self, folder: Path, spec: RunSpec, seconds: float = math.inf) -> None:

@@ -36,10 +36,8 @@ def raise_on_signals() -> None:
 def stops_between_steps() -> Iterator[Callable[[], str]]:
     """Defers the first signal to stop inside this context. A second one raises ``Interrupted``.
 
-    Only the main thread can handle signals. In any other thread, this context changes nothing.
-
-    Yields:
-        A function that returns a reason to stop if a signal has arrived, and an empty text otherwise.
+    It yields a function that returns a reason to stop if a signal has arrived, and an empty text otherwise. Only the
+    main thread can handle signals. In any other thread, this context changes nothing.
     """
     reasons: list[str] = []
     if threading.current_thread() is not threading.main_thread():

@@ -80,11 +80,9 @@ class CausalLoss:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The model that a run trains, from ``build_model``.
+    """The model with its method applied, from ``build_model``, and the loss that it calls.
 
-    Attributes:
-        model: The model with the method applied. It is always called through its outermost wrapper.
-        loss_function: The loss that the model calls.
+    The model is always called through its outermost wrapper.
     """
 
     model: Any
@@ -103,7 +101,6 @@ def forward_loss(model: Any, batch: Batch, spec: RunSpec, response_tokens: torch
 
     Args:
         model: The trained model. In its output, ``loss`` is () and ``logits`` is (B, K or S, vocabulary).
-        batch: Right-padded sequences.
         spec: The run, whose loss path decides which logits are computed.
         response_tokens: The divisor, (). Under gradient accumulation it is larger than the batch's own count.
     """
@@ -156,10 +153,7 @@ def train_step(
     """Runs one optimizer step over the batches of a gradient accumulation, and returns its losses.
 
     Args:
-        trained: The model and its loss.
         batches: The batches, at least one. The loss is the mean over all their response tokens.
-        optimizer: The optimizer, from ``make_optimizer``.
-        spec: The run.
         step: The number of the step, from 0. Some methods depend on it after an update.
         at_phase: Called when ``forward``, ``backward`` and ``optimizer`` begin.
     """

@@ -12,7 +12,7 @@ from peftscope.hardware.cards import Gpu
 from peftscope.memory.base import Model
 from peftscope.methods import METHODS
 from peftscope.methods.fields import target_modules
-from peftscope.methods.low_rank import low_rank_parameters
+from peftscope.methods.lora import LoRA
 from peftscope.models.shapes import ModelShape
 from peftscope.report.advice.rules import Findings, Priority, Rules, Setting, Standing
 from peftscope.sizing.trainer_file import Pasted
@@ -83,7 +83,7 @@ class Situation:
     @property
     def data_rank(self) -> int:
         """The lowest power of two as rank on all linear layers at which the parameters store the data's bits."""
-        stored = BITS_PER_PARAMETER * low_rank_parameters(self.shape, "all-linear", 1)
+        stored = BITS_PER_PARAMETER * LoRA(rank=1).trainable_parameters(self.shape)
         return int(2 ** max(0, math.ceil(math.log2(max(1.0, self.data_bits / stored)))))
 
     @property
