@@ -750,7 +750,7 @@ def test_what_was_published_of_half_a_study_is_where_the_next_sitting_begins(unt
     assert chosen.read_text() == rates
     drawn = Path("results/published/mine/figures/updates.svg")
     drawn.touch()  # as if the weights of adapters that are gone had been measured
-    with pytest.raises(InputError, match=r"updates.svg: is missing here.*make report EXPERIMENT=mine"):
+    with pytest.raises(InputError, match=r"updates.svg: what is here is not enough.*make report EXPERIMENT=mine"):
         publish("mine")
     drawn.unlink()
     after = {p.parent.name: p.read_bytes() for p in Path("results/runs").glob("*/record.json")}

@@ -121,11 +121,10 @@ def publish_experiment(experiment: str) -> list[Path]:
         *(path for kind in ("csv", "parquet", "md") for path in sorted(source.glob(f"tables/*.{kind}"))),
         *sorted(source.glob("figures/*.svg")),
     ]
-    remedy = f"remove {source} and {page.parent}, then make report EXPERIMENT={experiment}"
-    lost = [path for path in results.glob("figures/*.svg") if not (source / "figures" / path.name).is_file()]
     runs = [run_folder(run) for run in read_runs(experiment).query("status != 'missing'")["run_id"]]
-    if gone := lost + [run for run in runs if not (run / "record.json").is_file()]:
-        raise InputError(Problem(str(gone[0]), "is missing here", remedy))
+    if gone := [run for run in runs if not (run / "record.json").is_file()]:
+        remedy = f"remove {source} and {page.parent}, then make report EXPERIMENT={experiment}"
+        raise InputError(Problem(str(gone[0]), "this run is missing here", remedy))
     _check_sizes([page, *wanted])
     _copy([page], page.parent, report)
     _copy(wanted, source, results)
@@ -147,6 +146,11 @@ def _write_unfinished(experiment: str) -> None:
         message = f"{len(lost)} published runs are missing here, such as {min(lost)}"
         raise InputError(Problem(str(RUNS), message, f"peftscope restore {experiment}"))
     write_all(Plan(sweep))
+    figures = results_folder(experiment) / "figures"
+    for path in sorted(PUBLISHED_RESULTS.glob(f"{experiment}/figures/*.svg")):
+        if not (figures / path.name).is_file():
+            remedy = f"make report EXPERIMENT={experiment}, or remove it"
+            raise InputError(Problem(str(path), "what is here is not enough to draw it", remedy))
 
 
 def _chosen_rates(folder: Path) -> list[Path]:
