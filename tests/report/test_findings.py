@@ -115,11 +115,11 @@ def test_the_readme_shows_the_published_verdicts(repository: Path, in_tmp: None)
 @pytest.mark.slow
 def test_the_readme_shows_its_study_as_it_is_published(repository: Path, in_tmp: None) -> None:
     shown = (repository / "README.md").read_text()
-    block = re.compile(r"(?<=<!-- study:variants -->\n).+?(?=<!-- /study -->)", re.DOTALL)
+    block = re.compile(r"(?<=<!-- study:sums -->\n).+?(?=<!-- /study -->)", re.DOTALL)
     Path("README.md").write_text(block.sub("", shown))
     show_study("variants-60")
     assert Path("README.md").read_text() == block.sub("", shown) != shown
-    show_study("variants")
+    show_study("sums")
     assert Path("README.md").read_text() == shown
 
 

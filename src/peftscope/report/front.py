@@ -127,10 +127,10 @@ def surprising(findings: list[dict[str, Any]], surprises: list[Surprise], page: 
 def show_study(experiment: str) -> None:
     """Writes a study's figure and the link to its report into the README, if that has markers for this experiment."""
     settings = read_experiment(experiment_path(experiment)).study
-    figure = PUBLISHED_RESULTS / experiment / "figures" / "differences.svg"
-    if settings is None or not figure.is_file():
+    drawn = Path("figures", "differences.svg")
+    if settings is None or not ((study := StudyResults(experiment)).folder / drawn).is_file():
         return
-    facts = study_facts(StudyResults(experiment), settings)
+    facts, figure = study_facts(study, settings), PUBLISHED_RESULTS / experiment / drawn
     report = PUBLISHED_REPORTS / experiment / "report.html"
     shown = f"![{study_sentences(facts)['differences']}]({figure})\n[The report of this study]({report})\n"
     _show(f"<!-- study:{experiment} -->\n", shown, "<!-- /study -->")
