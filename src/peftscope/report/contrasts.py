@@ -106,6 +106,14 @@ def samples_to(study: StudyResults, loss: float, arm: str) -> list[float]:
     return reached
 
 
+def told_left_out(study: StudyResults) -> str:
+    """Returns the arms that a study leaves out, with the reasons; empty if there are none."""
+    reasons: dict[str, list[str]] = {}
+    for arm, reason in study.left_out.items():
+        reasons.setdefault(reason, []).append(arm)
+    return "; ".join(f"{', '.join(arms)} ({reason})" for reason, arms in reasons.items())
+
+
 def controls(study: StudyResults) -> pd.DataFrame:
     """Returns one row per control: how far it is ahead of its arm, and both of the base, in nats per token."""
     rows = []

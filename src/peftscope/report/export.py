@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
-from peftscope.report.contrasts import EXPLAINED, contrasts, readable_contrasts
+from peftscope.report.contrasts import EXPLAINED, contrasts, readable_contrasts, told_left_out
 from peftscope.report.tables import markdown
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "“": "``", "”": "''"}
@@ -18,6 +18,7 @@ def caption(study: StudyResults) -> str:
     return (
         f"How far each arm is ahead of {study.labels[study.reference]} in held-out loss ({study.subject}), in % of the "
         f"task gain, with {100 * CONFIDENCE:g} % intervals over pairs of seeds. {EXPLAINED}"
+        + (f" Left out: {said}." if (said := told_left_out(study)) else "")
     )
 
 

@@ -22,6 +22,7 @@ from peftscope.report.contrasts import (
     readable_contrasts,
     readable_controls,
     readable_tuning,
+    told_left_out,
     tuning,
 )
 from peftscope.report.looks import GREY, Look, arm_looks
@@ -147,7 +148,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "seeds": len(settings.seeds),
         "chosen": "; ".join(f"{labels[arm]} {r.best:g}" for arm, r in rates.items() if r.curve or r.is_tuned),
         "at_an_end": "; ".join(labels[arm] for arm in study.arms_at_an_end),
-        "left_out": ", ".join(f"{arm} ({reason})" for arm, reason in study.left_out.items()),
+        "left_out": told_left_out(study),
         "base_loss": f"{study.base_loss:.3f}",
         "smallest_p": f"{2 / 2 ** len(settings.seeds):.3g}",
     }
