@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_paired
 
 from benchmarks.error_rates import PAGE, PUBLISHED, Setting, error_rates, rendered
 from peftscope.analysis.compare import Difference, Outcome, compare
@@ -45,6 +46,7 @@ def test_intervals_are_students_and_grow_by_the_tuning() -> None:
     wider = compare(list(sample), MARGIN, tuning_error=float(stats.sem(sample)))
     assert wider.half_width() == pytest.approx(math.sqrt(2) * difference.half_width())
     assert difference.p == pytest.approx(stats.ttest_1samp(sample, 0).pvalue)
+    assert ttost_paired(sample, np.zeros(8), -difference.bound, difference.bound)[0] == pytest.approx(0.05)
 
 
 def test_the_pairs_to_decide_are_those_at_which_it_is_decided() -> None:

@@ -210,8 +210,8 @@ def test_claims_on_ranks_and_dora_flip_with_the_rates_and_the_losses_of_their_ar
     ("there", "said"),
     [
         (0.1, "holds in 2 of 2 worlds"),
-        (0.5, "holds in part: holds for toy on sums, wrong for toy on words"),
-        (0.2, "holds: holds for toy on sums, open for toy on words"),
+        (0.5, "holds in part: holds for toy on sums; wrong for toy on words"),
+        (0.2, "holds: holds for toy on sums; open for toy on words"),
     ],
 )
 def test_one_rule_judges_a_claim_in_every_world_that_has_run(there: float, said: str) -> None:

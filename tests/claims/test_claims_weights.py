@@ -13,7 +13,9 @@ import pandas as pd
 import pytest
 from ledger_parts import claims, part_with, verdicts_of, write_results
 
-from peftscope.analysis.weights import collect_weights
+from peftscope.analysis.forgetting import curves
+from peftscope.analysis.study import StudyResults
+from peftscope.analysis.weights import collect_weights, measured_runs, weights_path
 from peftscope.claims.checks import forgetting
 from peftscope.claims.evaluate import Finding, evaluate, evaluate_part
 from peftscope.layout import PUBLISHED_RESULTS, results_folder, run_folder
@@ -267,8 +269,15 @@ def test_published_measurements_give_the_same_verdicts_without_weights() -> None
     folder = results_folder("weights")
     published = PUBLISHED_RESULTS / "weights"
     published.parent.mkdir(parents=True)
+    rows = measured_runs(weights_path(folder))
     folder.rename(published)
     assert {claim: judged(claim).to_json("") for claim in before} == before
+    # What comes back to the store gives the same table again.
+    for run, table in rows.items():
+        table.to_csv(measured_path(run_folder(run)), index=False)
+    collect_weights("weights", list(rows))
+    found, theirs = (pd.read_parquet(weights_path(each)) for each in (results_folder("weights"), published))
+    pd.testing.assert_frame_equal(found, theirs, check_dtype=False, check_like=True)
 
 
 def forgetting_world(prose: dict[str, Callable[[float], float]]) -> None:
@@ -331,6 +340,9 @@ def test_what_is_forgotten_is_compared_where_the_same_was_learned() -> None:
 def test_a_study_that_scored_no_prose_says_so() -> None:
     forgetting_world(dict.fromkeys(("lora", "r64", "full", "lora-fast"), line(0.1)))
     path = results_folder("sums") / "losses.csv"
+    results = StudyResults("sums")
+    results.losses = results.losses.assign(shift_from_base_nats=None)  # as the records of a wheel give it
+    assert all(curve["nearness"].isna().sum() == 3 for _, curve in curves(results, results.arm_runs("full")))
     pd.read_csv(path).assign(retention_bits_per_byte=np.nan).to_csv(path, index=False)
     with pytest.raises(Exception, match="prose was not scored along its training"):
         forgetting.less_forgotten("sums", "lora", "full")

@@ -26,7 +26,7 @@ def curves(study: StudyResults, runs: pd.DataFrame) -> Iterator[tuple[int, pd.Da
     along = study.losses
     for row in runs[runs["status"] == "ok"].to_dict("records"):
         before = row[f"{RETENTION}_before"]
-        points = along.loc[row["run_id"]].reindex(columns=[VALIDATION, RETENTION, SHIFT])
+        points = along.loc[row["run_id"]].reindex(columns=[VALIDATION, RETENTION, SHIFT]).astype(float)
         points = points.dropna(subset=[VALIDATION, RETENTION])
         if points.empty or pd.isna(before):
             remedy = "set retention_every and validation_every to the same steps"

@@ -280,8 +280,8 @@ class StudyResults:
         return runs.fillna({HELDOUT: self.base_loss})
 
     def require_finished(self) -> None:
-        """Raises InputError if runs are missing, because an unfinished study supports no conclusion."""
-        for arm in self.arms:
+        """Raises InputError if the reference has no rate, or runs of an arm with a rate or of a control are missing."""
+        for arm in self._entered and [self.reference, *self.arms]:
             self.arm_runs(arm)
         for control, arm in self.controls:
             self.control_runs(control, arm)

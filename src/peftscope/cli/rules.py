@@ -87,7 +87,7 @@ def check(experiment: ExperimentName) -> None:
 def publish_command(
     name: Annotated[str, typer.Argument(help="An experiment, claims, leaderboard, or memory.")],
 ) -> None:
-    """Copy the small files of what is finished to results/published and reports/published."""
+    """Copy the small files of what has run to results/published and reports/published."""
     from peftscope.report.publish import publish
 
     for path in publish(name):

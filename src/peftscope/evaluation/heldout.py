@@ -31,7 +31,7 @@ class ItemLoss(NamedTuple):
 
 
 def response_logits(model: Any, batch: Batch, spec: RunSpec, offset: int) -> torch.Tensor:
-    """Returns the logits at the kept positions, (B, K, vocabulary), in the precision of the model.
+    """Returns the logits at the kept positions, (B, K, vocabulary), in the precision of the model, and at no others.
 
     The model is in evaluation mode; ``offset`` is how many positions its method adds before the tokens.
     """
@@ -46,10 +46,7 @@ def response_logits(model: Any, batch: Batch, spec: RunSpec, offset: int) -> tor
 
 @torch.no_grad()
 def losses_of(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Returns the nll at the kept positions in nats, (B, K) fp32, with 0 where a row has no response token.
-
-    Logits are computed at response positions only and the loss in fp32, whatever path training takes.
-    """
+    """Returns the nll at the kept positions in nats, (B, K) fp32, with 0 where a row has no response token."""
     return torch.nn.functional.cross_entropy(
         logits.float().transpose(1, 2), batch.kept_labels, ignore_index=IGNORED, reduction="none"
     )

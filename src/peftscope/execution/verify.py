@@ -58,7 +58,7 @@ class Repeat:
 def choose_published(experiments: list[str], count: int | None, seed: int) -> list[tuple[str, RunRecord]]:
     """Returns published runs of this machine's device, each with an experiment that has it.
 
-    Without experiments they are of all that are published, and without a ``count`` none are drawn at random: all come.
+    Without experiments they are of all that are published. ``count`` of them are drawn at random; None takes all.
 
     Raises:
         InputError: An experiment has no published runs, or none of them can run here.

@@ -16,8 +16,9 @@ from peftscope.layout import published, published_paths
 VALIDATION = "validation_nll_nats_per_token"
 """The column of the loss on validation items: at the end of a run, or along its training."""
 RETENTION = "retention_bits_per_byte"
-SHIFT = "shift_from_base_nats"
 """The column of the score on English prose."""
+SHIFT = "shift_from_base_nats"
+"""The column of how far the answers moved from the base's: at the end of a run, or along its training."""
 RECORDS, ITEMS, LOSSES = "records.parquet", "items.parquet", "losses.parquet"
 LARGEST_BYTES = 5_000_000
 """The size limit of a published file, above which it must not be committed."""

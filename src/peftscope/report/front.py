@@ -102,6 +102,7 @@ def rests_on(findings: list[dict[str, Any]]) -> dict[str, Any]:
         "trained": sum(row_of(finding) == next(iter(ROWS)) for finding in findings),
         "worlds": counted(len(worlds), "world"),
         "where": spoken_worlds(worlds),
+        "base": settings.fixed["model"],
         "millions": round(shape.parameters / 1e6),
         "steps": settings.fixed["steps"],
         "seeds": len(settings.study.seeds),

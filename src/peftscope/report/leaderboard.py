@@ -28,7 +28,7 @@ from peftscope.words import MIB, formatted
 SHOWN_ELSEWHERE = ("init_seed", "learning_rate", "file_sha256")
 """The settings that have a column of their own, or say nothing to a reader."""
 LEAD = (
-    "Every arm of a finished study against the study's reference, with the numbers and the words of the study's own "
+    "Every arm that a study has finished against its reference, with the numbers and the words of the study's own "
     "report. Rows stand in the order of their estimates. A place in a list is no result: what counts is the interval, "
     "and what the study says."
 )

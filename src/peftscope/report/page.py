@@ -43,7 +43,7 @@ def write_all(plan: Plan) -> Path:
     """Writes the tables, the figures and the page of an experiment from what was collected and measured of its runs.
 
     Returns:
-        The path of the page. Of an unfinished study, it says that and has no part of a study.
+        The path of the page. A study of which nothing can be compared yet has no part of a study there.
     """
     ended = [run for run in plan.measured_runs if record_path(run).is_file()]
     if measured := [run for run in ended if measured_path(run_folder(run)).is_file()]:
@@ -122,7 +122,7 @@ def _left_out(runs: pd.DataFrame) -> dict[str, tuple[int, int] | None]:
 
 
 def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
-    """Returns the content of a study's section. For an unfinished study, that is only the reason."""
+    """Returns the content of a study's section. If nothing can be compared yet, that is only the reason."""
     folder, study = results_folder(experiment), StudyResults(experiment)
     if unfinished := _unfinished(study):
         return {"unfinished": unfinished}
@@ -186,7 +186,7 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
     cards = ", ".join(card for card in runs["gpu"].dropna().unique() if without_bf16(card))
     lost, waiting = int((~runs["status"].isin(["ok", "missing"])).sum()), int((runs["status"] == "missing").sum())
     said = {
-        f"This study is not finished: {waiting} of {len(runs)} runs are left.": waiting,
+        f"This is not finished: at least {waiting} of {len(runs)} runs are left.": waiting,
         "These runs come from more than one commit of the code. A difference between two of them may come from a "
         "change of the code; the changelog lists such changes as results-affecting.": runs["git_commit"].nunique() > 1,
         "Some runs come from a working tree with uncommitted changes.": runs["git_dirty"].eq(True).any(),

@@ -19,7 +19,7 @@ class Part:
         write: The function, which takes the experiment. That of an answer takes the axes before it, and draws the
             figure.
         belongs: Returns whether the report of an experiment has it.
-        of_study: Whether it needs a finished study.
+        of_study: Whether it needs a study of which arms can be compared.
         answer: The figure that carries the answer of an experiment that has it; empty without one.
         sentence: The function that says what this figure shows; it takes the experiment.
     """

@@ -1,4 +1,4 @@
-"""Copies the small files of a finished experiment into the published folders, which are committed.
+"""Copies the small files of what has run of an experiment into the published folders, which are committed.
 
 No rule of the workflow writes or reads these folders, so a fresh clone runs the experiment and does not find it done.
 """
@@ -145,6 +145,8 @@ def _write_unfinished(experiment: str) -> None:
     if lost := {run for run in before if not record_path(run).is_file()}:
         message = f"{len(lost)} published runs are missing here, such as {min(lost)}"
         raise InputError(Problem(str(RUNS), message, f"peftscope restore {experiment}"))
+    for derived in ("tables", "figures"):  # some may be of runs that others have joined since
+        shutil.rmtree(results_folder(experiment) / derived, ignore_errors=True)
     write_all(Plan(sweep))
     figures = results_folder(experiment) / "figures"
     for path in sorted(PUBLISHED_RESULTS.glob(f"{experiment}/figures/*.svg")):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peftscope.claims.verdict import Verdict
-from peftscope.words import scale_of, spoken_number, spoken_quantity
+from peftscope.words import listed, scale_of, spoken_number, spoken_quantity
 
 MOST_WORDS = 5
 """The most words of a scope in the one sentence on a claim."""
@@ -80,14 +80,14 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     >>> spoken_verdict({"verdict": "holds", "worlds": ["smollm2-135m, two-digit-sums"]})
     'holds here (1 world)'
     >>> spoken_verdict({"verdict": "holds in part", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "wrong"}})
-    'holds in part: holds for m on x, wrong for m on y'
+    'holds in part: holds for m on x; wrong for m on y'
     """
     worlds, judged = len(finding["worlds"]), finding.get("in_worlds", {})
     if judged:
         where: dict[str, list[str]] = {}
         for world, verdict in judged.items():
             where.setdefault(verdict, []).append(world)
-        each = ", ".join(f"{verdict} for {spoken_worlds(those)}" for verdict, those in where.items())
+        each = "; ".join(f"{verdict} for {spoken_worlds(those)}" for verdict, those in where.items())
         alike = [*where] == [finding["verdict"]]
         return finding["verdict"] + (f" in {len(judged)} of {len(judged)} worlds" if alike else f": {each}")
     return finding["verdict"] + ("" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)")
@@ -97,13 +97,14 @@ def spoken_worlds(worlds: Iterable[str]) -> str:
     """Returns worlds, each a model with a task, in words: the tasks of one model together.
 
     >>> spoken_worlds(["m-1, two-digit-sums", "m-1, pronunciation", "m-2, pronunciation"])
-    'm-1 on two-digit-sums and pronunciation; m-2 on pronunciation'
+    'm-1 on two-digit-sums and pronunciation, and m-2 on pronunciation'
     """
     tasks: dict[str, list[str]] = {}
     for world in worlds:
-        model, task = world.split(", ")
-        tasks.setdefault(model, []).append(task)
-    return "; ".join(f"{model} on {' and '.join(names)}" for model, names in tasks.items())
+        model, _, task = world.partition(", ")
+        tasks.setdefault(model, []).extend([task] * bool(task))
+    on = [f"{model} on {listed(names, last=' and ')}" if names else model for model, names in tasks.items()]
+    return listed(on, last=", and ")
 
 
 def spoken_moves(finding: dict[str, Any]) -> str:

@@ -29,10 +29,10 @@ COPIES = "transformers 5.24, training_args.py"
 
 SAME_NAMES = ("adamw_8bit", "adamw_torch_4bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion_8bit", "muon")
 OPTIMIZERS: dict[str, tuple[str, str | None]] = {
-    **{name: (name, None) for name in SAME_NAMES},
     "adamw_torch": ("adamw", "foreach"),
     "adamw_torch_fused": ("adamw", "fused"),
     "adamw_hf": ("adamw", "foreach"),
+    **{name: (name, None) for name in SAME_NAMES},
     "adamw_bnb_8bit": ("adamw_8bit", None),
     "adamw_torch_8bit": ("adamw_8bit", None),
     "paged_adamw_32bit": ("paged_adamw", None),

@@ -179,7 +179,7 @@ def share_with_lower_error(
 def likeness_of_rows_to_normal(model: str, rows: int = 32) -> Measurement:
     """Returns the squared correlation of a row's sorted weights with normal quantiles, mean of the matrices' medians.
 
-    Of each matrix so many evenly spaced rows are taken.
+    ``rows`` evenly spaced rows of each matrix are taken.
     """
     medians, lowest, scores = [], 1.0, []
     for taken in _rows(model, rows):

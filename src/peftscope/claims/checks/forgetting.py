@@ -43,15 +43,19 @@ def more_at_equal_shift(study: str, arm: str, against: str) -> Measurement:
     """
     results = StudyResults(study)
     runs = [results.arm_runs(name) for name in (arm, against)]
-    mine, theirs = ({seed: c for seed, c in curves(results, of_arm) if c["nearness"].notna().all()} for of_arm in runs)
-    if not (seeds := sorted(mine.keys() & theirs.keys())):
-        raise NotRunError(f"the study `{study}` has no pair of runs that kept the shift of their answers")
+    mine, theirs = (dict(curves(results, of_arm)) for of_arm in runs)
+    without = sum(bool(curve["nearness"].isna().any()) for curve in (*mine.values(), *theirs.values()))
+    if without or not (seeds := sorted(mine.keys() & theirs.keys())):
+        raise NotRunError(f"in the study `{study}` {without} of these runs did not keep the shift of their answers")
     matched = [matched_rises(mine[seed], theirs[seed], "nearness") for seed in seeds]
     nearness, firsts, seconds = zip(*matched, strict=True)
+    if fmean(seconds) <= 0:
+        raise NotRunError(f"`{against}` has forgotten nothing there that could be compared with")
     evidence: dict[str, Quantity] = {
         "matched shift, nats per answer token": -fmean(nearness),
         f"rise on prose there, {arm}": fmean(firsts),
         f"rise on prose there, {against}": fmean(seconds),
+        "runs that diverged": sum(int(of_arm["status"].eq("diverged").sum()) for of_arm in runs),
     }
     sample = [(first - second) / fmean(seconds) for first, second in zip(firsts, seconds, strict=True)]
     return over_seeds(results, sample, evidence, (run for of_arm in runs for run in of_arm["run_id"]))

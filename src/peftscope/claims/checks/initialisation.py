@@ -1,6 +1,6 @@
 """The initial errors of LoftQ and PiSSA on a 4-bit base, and the spectra of random updates.
 
-Checks use the float weights of a fetched model: so many of its ``matrices``, evenly spread over it; 0 means all.
+Checks use the float weights of a fetched model. ``matrices`` is how many matrices are used, evenly spread; 0 means all.
 bitsandbytes quantises them to NF4 in blocks of 64 with fp32 constants. ``rank`` is that of B A.
 """
 
