@@ -145,12 +145,11 @@ def _write_unfinished(experiment: str) -> None:
     if lost := {run for run in before if not record_path(run).is_file()}:
         message = f"{len(lost)} published runs are missing here, such as {min(lost)}"
         raise InputError(Problem(str(RUNS), message, f"peftscope restore {experiment}"))
-    for derived in ("tables", "figures"):  # some may be of runs that others have joined since
-        shutil.rmtree(results_folder(experiment) / derived, ignore_errors=True)
+    drawn = results_folder(experiment) / "figures"
+    shutil.rmtree(drawn, ignore_errors=True)  # those of before may lack runs that have joined since
     write_all(Plan(sweep))
-    figures = results_folder(experiment) / "figures"
     for path in sorted(PUBLISHED_RESULTS.glob(f"{experiment}/figures/*.svg")):
-        if not (figures / path.name).is_file():
+        if not (drawn / path.name).is_file():
             remedy = f"make report EXPERIMENT={experiment}, or remove it"
             raise InputError(Problem(str(path), "what is here is not enough to draw it", remedy))
 
