@@ -323,7 +323,7 @@ def test_what_is_forgotten_is_compared_where_the_same_was_learned() -> None:
     assert "the difference from lora is +0.310 (full), +0.000 (r64)" in forgetting_sentence("sums")
     # Where both have moved as far LoRA has forgotten half as much, so that more than the shift decides.
     assert verdicts_of("P63") == ["wrong"]
-    assert judged("P63").deciding[0].found.value == pytest.approx(-0.5, abs=0.01)
+    assert judged("P63").deciding[0].found.value == pytest.approx(0.5, abs=0.01)
     forgetting_world(arms | {"lora": line(0.2)})
     assert verdicts_of("P63") == ["holds"]
     # At its end LoRA has forgotten more, because it has learned more.

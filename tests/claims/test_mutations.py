@@ -203,7 +203,7 @@ ELSEWHERE = {
     "curvature.sharpness_ratio curvature.rate_with_sharpness directions.amplification directions.shared_direction",
     "test_capacity": "capacity.bits_per_parameter capacity.furthest_ranks capacity.share_of_full",
     "test_claims_weights": "forgetting.least_forgotten forgetting.less_forgotten "
-    "forgetting.more_at_equal_shift weights.intruders "
+    "forgetting.ratio_at_equal_shift weights.intruders "
     "weights.magnitude_with_direction weights.rank_across_parts weights.rank_growth weights.rank_with_worth "
     "weights.share_left_after_cut weights.update_rank weights.update_size weights.entropy_gain weights.rank_preference",
     "test_claims_gpu": "gpu.latency_ratio gpu.step_ratio",

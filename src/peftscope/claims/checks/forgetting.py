@@ -35,11 +35,11 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
     return over_seeds(results, sample, evidence, (*runs["run_id"], *other["run_id"]))
 
 
-def more_at_equal_shift(study: str, arm: str, against: str) -> Measurement:
-    """Returns how much more an arm has forgotten than another where both have moved their answers as far from the base.
+def ratio_at_equal_shift(study: str, arm: str, against: str) -> Measurement:
+    """Returns what an arm has forgotten over what another has where both have moved their answers as far from the base.
 
-    That is the largest shift that both reach along the training; see ``evaluation.heldout`` and ``less_forgotten``. The
-    difference is told as a share of what the other has forgotten there, the mean of its seeds.
+    That is the largest shift that both reach along the training; see ``evaluation.heldout`` and ``less_forgotten``. Of
+    the other, the mean over its seeds counts.
     """
     results = StudyResults(study)
     runs = [results.arm_runs(name) for name in (arm, against)]
@@ -57,7 +57,7 @@ def more_at_equal_shift(study: str, arm: str, against: str) -> Measurement:
         f"rise on prose there, {against}": fmean(seconds),
         "runs that diverged": sum(int(of_arm["status"].eq("diverged").sum()) for of_arm in runs),
     }
-    sample = [(first - second) / fmean(seconds) for first, second in zip(firsts, seconds, strict=True)]
+    sample = [first / fmean(seconds) for first in firsts]
     return over_seeds(results, sample, evidence, (run for of_arm in runs for run in of_arm["run_id"]))
 
 
