@@ -24,7 +24,7 @@ SHOWN: dict[str, tuple[str, list[int]]] = {
         "peftscope memory llama-3-8b --method qlora --checkpointing --seq-len 1024 --gpu rtx4090",
         [5, -3, -2],
     ),
-    "shown:better": ("peftscope table sums --markdown", [*range(4)]),
+    "shown:better": ("peftscope table sums --markdown", [*range(5)]),
 }
 """The command of each block, and which lines of its output the page shows. Dots stand for the others."""
 STUDY = ("peftscope new-study lora_fa.py --world B --steps 40 --seeds 3", [-5, -3, -2, -1])
