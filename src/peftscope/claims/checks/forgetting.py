@@ -44,10 +44,10 @@ def ratio_at_equal_shift(study: str, arm: str, against: str) -> Measurement:
     results = StudyResults(study)
     runs = [results.arm_runs(name) for name in (arm, against)]
     mine, theirs = (dict(curves(results, of_arm)) for of_arm in runs)
-    without = sum(bool(curve["nearness"].isna().any()) for curve in (*mine.values(), *theirs.values()))
-    if without or not (seeds := sorted(mine.keys() & theirs.keys())):
-        raise NotRunError(f"in the study `{study}` {without} of these runs did not keep the shift of their answers")
-    matched = [matched_rises(mine[seed], theirs[seed], "nearness") for seed in seeds]
+    all_kept = all(curve["nearness"].notna().all() for curve in (*mine.values(), *theirs.values()))
+    if not all_kept or not (seeds := mine.keys() & theirs.keys()):
+        raise NotRunError(f"the study `{study}` has no pairs of runs that all kept the shift of their answers")
+    matched = [matched_rises(mine[seed], theirs[seed], "nearness") for seed in sorted(seeds)]
     nearness, firsts, seconds = zip(*matched, strict=True)
     if fmean(seconds) <= 0:
         raise NotRunError(f"`{against}` has forgotten nothing there that could be compared with")
