@@ -661,6 +661,16 @@ def test_points_of_exact_match_are_those_of_the_whole_split_where_both_arms_have
     assert table["thin"] == pytest.approx(-25)
 
 
+def test_points_of_arms_at_several_rates_are_without_the_best_and_the_worst_seed(at_three_rates: StudyResults) -> None:
+    greedy = {"thin": [0.0, 0.5, 0.52, 0.48, 0.5, 1.0], "full": [0.4, 0.42, 0.38, 0.41, 0.39, 0.9]}
+    table = at_three_rates.table
+    for arm, values in greedy.items():
+        for run, value in zip(members(f"arm-{arm}"), values, strict=True):
+            table.loc[table["run_id"] == run, "greedy_match_fraction"] = value
+    found = at_three_rates.points("thin", "full")
+    assert sum(found) / 6 == pytest.approx(100 * (0.5 - 0.405)) and len(found) == 6
+
+
 def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
     asked = {"training.heldout_gain": {"study": "mine", "arm": "lora", "against": "full"}}
     part = Part.model_validate({"kind": "training", "measures": "a gain", "rule": {"better_by": 0}} | asked)

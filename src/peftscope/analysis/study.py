@@ -17,7 +17,7 @@ import pandas as pd
 
 from peftscope.analysis.collect import failures, read_runs
 from peftscope.analysis.compare import Difference, compare, pair_values
-from peftscope.analysis.stats import holm, trimmed_mean
+from peftscope.analysis.stats import holm, jackknife, trimmed_mean
 from peftscope.analysis.tuning import Rate, mean_or_none
 from peftscope.errors import InputError, Problem
 from peftscope.layout import folder_with, how_to_run
@@ -311,6 +311,30 @@ class StudyResults:
             return runs.assign(**{column: math.nan})
         of_base = self._base_runs[column].dropna()
         return runs.fillna({column: of_base.iloc[0] if len(of_base) else 0.0})
+
+    def exact_matches(self, arm: str, against: str) -> pd.DataFrame:
+        """Returns the exact match of two arms in %, a row for each seed of both; see ``paired``.
+
+        It is that of the whole test split if both were judged on it, and otherwise of the answers that were generated.
+        """
+        column = next((c for c in (GREEDY, ACCURACY) if self._are_judged(c, arm, against)), ACCURACY)
+        return 100 * paired(self.exact_match(arm, column), self.exact_match(against, column), column)
+
+    def _are_judged(self, column: str, *arms: str) -> bool:
+        return all(self.exact_match(arm, column)[column].notna().any() for arm in arms)
+
+    def points(self, arm: str, against: str) -> list[float]:
+        """Returns how many more points of exact match an arm has than another, one value for each seed of both.
+
+        If one of them ran at several rates, its mean is without the best and the worst seed, as that of its losses is,
+        and the values are those of a jackknife.
+        """
+        both = self.exact_matches(arm, against)
+        first, second = list(both["first"]), list(both["second"])
+        if len(both) < 2 or not (self.has_several_rates(arm) or self.has_several_rates(against)):
+            return list(both["first"] - both["second"])
+        means = [lambda kept, side=side: trimmed_mean([side[i] for i in kept]) for side in (first, second)]
+        return jackknife(lambda kept: means[0](kept) - means[1](kept), len(both))
 
     @cached_property
     def task_gain(self) -> float:

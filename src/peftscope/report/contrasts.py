@@ -11,7 +11,7 @@ import pandas as pd
 
 from peftscope.analysis.compare import Outcome
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, mean_interval, sign_flip_p, where_reached
-from peftscope.analysis.study import ACCURACY, GREEDY, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
+from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.planning.experiment import A_A
 from peftscope.report.sentences import spoken_outcome
 from peftscope.words import capitalised, formatted, interval, listed, signed
@@ -76,12 +76,8 @@ def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
     }
     if difference.n >= FEWEST_FOR_BOOTSTRAP:
         row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
-    # Of the whole test split if both have it.
-    for column in (ACCURACY, GREEDY):
-        both = paired(study.exact_match(arm, column), study.exact_match(against, column), column)
-        accuracy = mean_interval(list(100 * (both["first"] - both["second"])))
-        if accuracy is not None:
-            row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+    if (accuracy := mean_interval(study.points(arm, against))) is not None:
+        row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
     target = float(other[VALIDATION].mean()) + MARGIN * study.yardstick if VALIDATION in other else math.nan
     if math.isfinite(target) and (samples := samples_to(study, target, arm)):
         row["samples_to_reference"] = median(samples)

@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 
 from peftscope.analysis.compare import compare
 from peftscope.analysis.stats import CONFIDENCE, sign_flip_p, trimmed_mean
-from peftscope.analysis.study import ACCURACY, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
+from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults, paired
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 from peftscope.models.catalog import find_model
 
@@ -206,10 +206,10 @@ def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
     A run that diverged counts with the exact match of the untouched base.
     """
     results = StudyResults(study)
-    mine, other = results.exact_match(arm), results.exact_match(against)
-    both = 100 * paired(mine, other, ACCURACY)
+    both = results.exact_matches(arm, against)
     evidence = _means(both, f"exact match of {arm}, %", f"exact match of {against}, %")
-    return _over_seeds(results, both["first"] - both["second"], evidence, (*mine["run_id"], *other["run_id"]))
+    runs = (*results.arm_runs(arm)["run_id"], *results.arm_runs(against)["run_id"])
+    return _over_seeds(results, results.points(arm, against), evidence, runs)
 
 
 def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measurement:
