@@ -17,11 +17,14 @@ import pytest
 from conftest import Command, quartiles
 from ledger_parts import claims
 
+from peftscope.analysis.cards import find_run
 from peftscope.analysis.collect import row_of
 from peftscope.analysis.contributed import pack, read_contribution, read_contributions
 from peftscope.claims.evaluate import PartFinding, evaluate_part
 from peftscope.claims.verdict import Verdict
 from peftscope.errors import InputError
+from peftscope.memory.base import describe_model
+from peftscope.memory.question import ask
 from peftscope.planning.sweep import expand
 from peftscope.record import (
     CHECKSUM,
@@ -249,6 +252,15 @@ def test_two_cards_must_agree_on_the_first_loss_and_on_the_batches(card: Any) ->
         else:
             assert len(read_contributions()) == 2
         second.path().unlink()
+
+
+def test_a_run_is_found_by_the_options_of_its_tuner() -> None:
+    asked: dict[str, Any] = {"method": "peft", "tuner": "lora", "options": {"r": 4}}
+    spec = ask(describe_model("llama-2-7b"), asked).spec
+    fields = spec.model_dump(mode="json", exclude={"method"}) | {"model": "random-llama-2-7b"}
+    row = {"status": "ok", "method": "peft", **fields, **spec.method.columns()}
+    assert find_run([row], "llama-2-7b", asked) == row
+    assert find_run([row], "llama-2-7b", asked | {"options": {"r": 8}}) is None
 
 
 def test_without_a_run_on_a_card_it_says_what_to_do(card: Any, peftscope: Command) -> None:

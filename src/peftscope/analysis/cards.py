@@ -79,11 +79,11 @@ def _wanted(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the columns that tell apart what takes other memory or time, with the values of a run."""
     known_as = {name: value for name, value in options.items() if name != "latency_tokens"}
     spec = ask(describe_model(model), known_as).spec
-    fields = spec.method.model_dump(mode="json") | spec.model_dump(mode="json", exclude={"method"})
+    fields = spec.method.columns() | spec.model_dump(mode="json", exclude={"method"})
     tokens = options.get("latency_tokens", 0)
     open_fields = {"alpha", "eval_batch_size", *(["seq_len"] if tokens else [])} - options.keys()
     known = {name: fields[name] for name in (*METHOD_OPTIONS, *SPEC_OPTIONS) if name in fields.keys() - open_fields}
-    known = {name: "+".join(value) if isinstance(value, list) else value for name, value in known.items()}
+    known = {name: None if value == "" else value for name, value in known.items()}  # as an empty cell is read
     return {"model": PREFIX + model, "method": spec.method.name, "latency_tokens": tokens, **known}
 
 
