@@ -55,8 +55,8 @@ PREDICTED: dict[str, str] = {
 
 
 ONLY_SCORED = (
-    *("seed", "init_seed", "method", "name", "benchmarks", "benchmark_items", "generation_items", "retention_tokens"),
-    "latency_tokens",
+    *("seed", "init_seed", "method", "name", "benchmarks", "benchmark_items", "generation_items"),
+    *("validation_every", "retention_tokens", "retention_every", "latency_tokens"),
 )
 """The settings that do not make a variant of a method: they say what is measured, or are shown elsewhere."""
 
