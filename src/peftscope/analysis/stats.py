@@ -85,6 +85,17 @@ def jackknife(estimate: Callable[[Sequence[int]], float], n: int) -> list[float]
     return [whole + (n - 1) * (centre - one) for one in without]
 
 
+def of_trimmed_means(estimate: Callable[..., float], *sides: Sequence[float]) -> list[float]:
+    """Returns the values of a jackknife over seeds of what follows from the trimmed means of some sides.
+
+    Each side has one value for each seed, two seeds or more.
+
+    >>> sum(of_trimmed_means(float.__sub__, [9.0, 2.0, 1.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0, 1.0])) / 5
+    2.0
+    """
+    return jackknife(lambda kept: estimate(*(trimmed_mean([side[i] for i in kept]) for side in sides)), len(sides[0]))
+
+
 def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
     """Returns the bounds of the expanded percentile bootstrap of a mean.
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from statistics import fmean
 from typing import Any, get_args
 
 import pandas as pd
 
 from peftscope.analysis.collect import failures, read_runs
 from peftscope.analysis.compare import Difference, compare, pair_values
-from peftscope.analysis.stats import holm, jackknife, trimmed_mean
+from peftscope.analysis.stats import holm, of_trimmed_means, trimmed_mean
 from peftscope.analysis.tuning import Rate, mean_or_none
 from peftscope.errors import InputError, Problem
 from peftscope.layout import folder_with, how_to_run
@@ -242,6 +244,14 @@ class StudyResults:
         """
         return self._finished(f"{ARM}{arm}")
 
+    def _mean_of(self, *arms: str) -> Callable[[Sequence[float]], float]:
+        """Returns what makes one number of the seeds of some arms; see ``stats.trimmed_mean``."""
+        return trimmed_mean if any(map(self.has_several_rates, arms)) else fmean
+
+    def loss(self, arm: str) -> float:
+        """Returns the held-out loss of an arm at its best rate."""
+        return self._mean_of(arm)(list(self.arm_runs(arm)[HELDOUT]))
+
     def control_runs(self, control: str, arm: str) -> pd.DataFrame:
         """Returns the runs of a control of an arm, one row per seed.
 
@@ -331,10 +341,9 @@ class StudyResults:
         """
         both = self.exact_matches(arm, against)
         first, second = list(both["first"]), list(both["second"])
-        if len(both) < 2 or not (self.has_several_rates(arm) or self.has_several_rates(against)):
-            return list(both["first"] - both["second"])
-        means = [lambda kept, side=side: trimmed_mean([side[i] for i in kept]) for side in (first, second)]
-        return jackknife(lambda kept: means[0](kept) - means[1](kept), len(both))
+        if self._mean_of(arm, against) is trimmed_mean and len(both) > 1:
+            return of_trimmed_means(float.__sub__, first, second)
+        return list(both["first"] - both["second"])
 
     @cached_property
     def task_gain(self) -> float:
@@ -363,9 +372,10 @@ class StudyResults:
         for control, arm in self.controls:
             if control == "shuffled-labels":
                 shuffled, own = self.control_runs(control, arm), self.arm_runs(arm)
-                if LOWEST in shuffled and shuffled[LOWEST].notna().all():
-                    return float(shuffled[LOWEST].mean() - own[VALIDATION].mean())
-                return float(shuffled[HELDOUT].mean() - own[HELDOUT].mean())
+                is_along = LOWEST in shuffled and shuffled[LOWEST].notna().all()
+                columns = (LOWEST, VALIDATION) if is_along else (HELDOUT, HELDOUT)
+                mean = self._mean_of(arm)
+                return mean(list(shuffled[columns[0]])) - mean(list(own[columns[1]]))
         message = "it has no control on shuffled labels, so that its task gain is not known"
         remedy = "add controls: {ARM: [shuffled-labels]} to its file"
         raise InputError(Problem(f"the study `{self.name}`", message, remedy))

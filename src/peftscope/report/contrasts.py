@@ -29,7 +29,7 @@ EXPLAINED = (
 )
 LEGEND = f" Numbers are % of the task gain with {100 * CONFIDENCE:g} % intervals. {EXPLAINED}"
 STEEP = 1.5
-"""How many times the median loss of its rate a run has that ended on the steep rise above the best rates."""
+"""A run that ended on the steep rise has more than so many times the median loss at its rate, or at the best below."""
 FEWEST_FOR_BOOTSTRAP = 8
 """Pairs below which the bootstrap is too narrow to be shown, see ``analysis.stats``."""
 
@@ -141,6 +141,7 @@ def tuning(study: StudyResults) -> pd.DataFrame:
         rate, runs = study.rate(arm), study.rate_runs(arm)
         for tried, loss in rate.losses.items():
             here = runs[runs["learning_rate"] == tried]
+            typical = runs[runs["learning_rate"] == min(tried, rate.best)]
             rows.append(
                 {
                     "arm": arm,
@@ -150,20 +151,11 @@ def tuning(study: StudyResults) -> pd.DataFrame:
                     "n": len(here),
                     "trimmed_mean": loss,
                     "mean": float(here[HELDOUT].mean()),
-                    "steep": steep(list(here[HELDOUT])),
+                    "steep": int((here[HELDOUT] > STEEP * float(typical[HELDOUT].median())).sum()),
                     "diverged": int((here["status"] == "diverged").sum()),
                 }
             )
     return pd.DataFrame(rows)
-
-
-def steep(losses: list[float]) -> int:
-    """Returns how many runs of one rate ended on the steep rise: with more than ``STEEP`` times the median loss.
-
-    >>> steep([0.18, 0.19, 0.2, 0.45])
-    1
-    """
-    return sum(loss > STEEP * median(losses) for loss in losses)
 
 
 def told(row: dict[Any, Any], other: str = "") -> str:

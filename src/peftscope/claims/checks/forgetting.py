@@ -6,6 +6,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from peftscope.analysis.forgetting import curves, frontier, matched_rises
+from peftscope.analysis.stats import of_trimmed_means
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 
@@ -14,7 +15,8 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
     """Returns how much less an arm has forgotten than another where both have the same loss on the task.
 
     That is the lowest loss on validation items that both reach along the training, and the rise of the code length of
-    English prose in bits per byte at that point, interpolated between two measurements. Runs are paired by seed.
+    English prose in bits per byte at that point, interpolated between two measurements. Runs are paired by seed. Of
+    arms at several rates, each mean is without the lowest and the highest seed.
     """
     results = StudyResults(study)
     runs, other = results.arm_runs(arm), results.arm_runs(against)
@@ -31,25 +33,34 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
         "difference at the end of the training": fmean(ends),
         "runs that diverged": int(runs["status"].eq("diverged").sum() + other["status"].eq("diverged").sum()),
     }
-    sample = [second - first for first, second in zip(firsts, seconds, strict=True)]
+    if results.has_several_rates(arm) and len(firsts) > 1:
+        sample = of_trimmed_means(float.__sub__, seconds, firsts)
+    else:
+        sample = [second - first for first, second in zip(firsts, seconds, strict=True)]
     return over_seeds(results, sample, evidence, (*runs["run_id"], *other["run_id"]))
 
 
-def ratio_at_equal_shift(study: str, arm: str, against: str) -> Measurement:
+def ratio_at_equal_shift(study: str, arm: str, against: str, at_lowest: bool = False) -> Measurement:
     """Returns what an arm has forgotten over what another has where both have moved their answers as far from the base.
 
-    That is the largest shift that both reach along the training; see ``evaluation.heldout`` and ``less_forgotten``. Of
-    the other, the mean over its seeds counts.
+    That is the largest shift that both reach along the training; see ``evaluation.heldout`` and ``less_forgotten``.
+    Both run at several rates, and what they have forgotten are means without the lowest and the highest seed.
+
+    Args:
+        at_lowest: Whether the first arm is at the lowest of its rates, in place of the best.
     """
     results = StudyResults(study)
     runs = [results.arm_runs(name) for name in (arm, against)]
+    if at_lowest:
+        tried = results.rate_runs(arm)
+        runs[0] = tried[tried["learning_rate"] == tried["learning_rate"].min()]
     mine, theirs = (dict(curves(results, of_arm)) for of_arm in runs)
     all_kept = all(curve["nearness"].notna().all() for curve in (*mine.values(), *theirs.values()))
     if not all_kept or not (seeds := mine.keys() & theirs.keys()):
         raise NotRunError(f"the study `{study}` has no pairs of runs that all kept the shift of their answers")
     matched = [matched_rises(mine[seed], theirs[seed], "nearness") for seed in sorted(seeds)]
     nearness, firsts, seconds = zip(*matched, strict=True)
-    if fmean(seconds) <= 0:
+    if min(seconds) <= 0:
         raise NotRunError(f"`{against}` has forgotten nothing there that could be compared with")
     evidence: dict[str, Quantity] = {
         "matched shift, nats per answer token": -fmean(nearness),
@@ -57,7 +68,7 @@ def ratio_at_equal_shift(study: str, arm: str, against: str) -> Measurement:
         f"rise on prose there, {against}": fmean(seconds),
         "runs that diverged": sum(int(of_arm["status"].eq("diverged").sum()) for of_arm in runs),
     }
-    sample = [first / fmean(seconds) for first in firsts]
+    sample = of_trimmed_means(float.__truediv__, firsts, seconds)
     return over_seeds(results, sample, evidence, (run for of_arm in runs for run in of_arm["run_id"]))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,7 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     """Returns how much lower an arm's held-out loss is than another's."""
     results = StudyResults(study)
     mine, other = results.arm_runs(arm), results.arm_runs(against)
-    both = paired(mine, other)
-    evidence = _means(both, f"mean loss of {arm}", f"mean loss of {against}")
+    evidence: dict[str, Quantity] = {f"mean loss of {name}": results.loss(name) for name in (arm, against)}
     evidence |= _doubts(results, {arm: mine, against: other})
     differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
@@ -189,15 +189,14 @@ def difference_of_gains(study: str, first: list[str], second: list[str]) -> Meas
         second: The same for the second gain.
     """
     results = StudyResults(study)
-    runs = [results.arm_runs(arm) for arm in (*first, *second)]
-    both = [paired(mine, other) for mine, other in (runs[:2], runs[2:])]
-    gains = [(pair["second"] - pair["first"]) / results.task_gain for pair in both]
+    runs = {arm: results.arm_runs(arm) for arm in (*first, *second)}
+    gains = [[value / results.task_gain for value in results.pairs(arm, against)] for arm, against in (first, second)]
     names = [f"mean gain of {arm} over {against}" for arm, against in (first, second)]
-    evidence: dict[str, Quantity] = {name: float(gain.mean()) for name, gain in zip(names, gains, strict=True)}
-    evidence |= _doubts(results, dict(zip((*first, *second), runs, strict=True)))
+    evidence: dict[str, Quantity] = dict(zip(names, map(fmean, gains), strict=True))
+    evidence |= _doubts(results, runs)
     error = results.tuning_error(*dict.fromkeys((*first, *second))) / results.task_gain
-    ids = dict.fromkeys(run for table in runs for run in table["run_id"])
-    return _over_seeds(results, (gains[0] - gains[1]).dropna(), evidence, tuple(ids), error)
+    ids = [run for table in runs.values() for run in table["run_id"]]
+    return _over_seeds(results, map(float.__sub__, *gains), evidence, tuple(ids), error)
 
 
 def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
@@ -220,7 +219,7 @@ def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measureme
     """
     results = StudyResults(study)
     ordered = sorted(ranks, key=lambda arm: ranks[arm])
-    best = min(ordered, key=lambda arm: float(results.arm_runs(arm)[HELDOUT].mean()))
+    best = min(ordered, key=results.loss)
     found = {arm: results.difference(arm, best, margin) for arm in ordered if arm != best}
     behind = {arm: -found[arm].mean / results.task_gain if arm in found else 0.0 for arm in ordered}
     runs = tuple(run for arm in ordered for run in results.arm_runs(arm)["run_id"])
