@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from statistics import fmean
 from typing import Any, get_args
@@ -171,7 +172,7 @@ class StudyResults:
                 return 1.0
 
         counted = [arm for arm in self._entered if self.left_out.get(arm, UNFINISHED) == UNFINISHED]
-        tested = [pair for pair in self._pairs_of(counted) if not pair[0].endswith(A_A)]
+        tested = [pair for pair in self._pairs_of(counted) if not (pair[0].endswith(A_A) or self._home_of(*pair))]
         corrected = holm([p(*pair) for pair in tested])
         return dict(zip(map(frozenset, tested), corrected, strict=True))
 
@@ -179,9 +180,26 @@ class StudyResults:
         """Returns the p of a difference after Holm's correction for all comparisons, the A/A apart.
 
         A comparison that is unfinished counts with a p of 1, with which those of the others are the largest that they
-        can become. It is None for the A/A, and for arms that the study does not compare.
+        can become. It is None for the A/A, and for arms that the study does not compare. What another study corrects
+        is quoted.
         """
-        return self._corrected.get(frozenset((arm, against)))
+        home = self._home_of(arm, against)
+        return home.corrected_p(arm, against) if home else self._corrected.get(frozenset((arm, against)))
+
+    @cached_property
+    def _home(self) -> StudyResults | None:
+        name = self.settings.home if self.settings else None
+        with suppress(InputError):  # it has not run
+            return StudyResults(name) if name and name != self.name else None
+        return None
+
+    def _home_of(self, arm: str, against: str) -> StudyResults | None:
+        """Returns the other study that makes the same comparison, of the same runs, and corrects it; None: this one."""
+        home = self._home
+        if not home or {arm, against} not in map(set, home.compared):
+            return None
+        runs = [[set(study._members(ARM + one)["run_id"]) for one in (arm, against)] for study in (self, home)]
+        return home if runs[0] == runs[1] else None
 
     @property
     def subject(self) -> str:
@@ -327,11 +345,12 @@ class StudyResults:
 
         It is that of the whole test split if both were judged on it, and otherwise of the answers that were generated.
         """
-        column = next((c for c in (GREEDY, ACCURACY) if self._are_judged(c, arm, against)), ACCURACY)
+        column = GREEDY if self.has_whole_split(arm, against) else ACCURACY
         return 100 * paired(self.exact_match(arm, column), self.exact_match(against, column), column)
 
-    def _are_judged(self, column: str, *arms: str) -> bool:
-        return all(self.exact_match(arm, column)[column].notna().any() for arm in arms)
+    def has_whole_split(self, *arms: str) -> bool:
+        """Returns whether some arms were judged on the exact match of the whole test split."""
+        return all(self.exact_match(arm, GREEDY)[GREEDY].notna().any() for arm in arms)
 
     def points(self, arm: str, against: str) -> list[float]:
         """Returns how many more points of exact match an arm has than another, one value for each seed of both.

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from peftscope.analysis.study import StudyResults
 
 Quantity = float | int | bool | str
+WITHIN, POINTS = "smallest margin of sameness", "points of exact match"
+"""What the evidence on a comparison calls its bound, and its difference on the whole test split."""
 
 
 class NotRunError(Exception):

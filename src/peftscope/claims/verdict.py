@@ -17,6 +17,8 @@ from peftscope.files.content import Strict
 from peftscope.words import scale_of, spoken_number, spoken_quantity
 
 ALPHA = 1 - CONFIDENCE
+OF_SIZE = ("by less than matters", "no difference that matters")
+"""How the reasons begin that belong to a verdict."""
 
 
 class Verdict(StrEnum):
@@ -182,13 +184,13 @@ def judge(rule: Rule, measurement: Measurement, unit: str = "") -> tuple[Verdict
         matters = 0.0 if rule.better_by else measurement.matters
         is_small = matters > 0 and compare(measurement.samples, matters, measurement.tuning_error).is_same
         if is_small and low <= 0 <= high:
-            return Verdict.WRONG, f"no difference that matters: within ±{_told(matters, unit)}"
+            return Verdict.WRONG, f"{OF_SIZE[1]}: within ±{_told(matters, unit)}"
         if (low > 0 or high < 0) and corrected is not None and corrected >= ALPHA:
             return Verdict.OPEN, f"the interval excludes 0, but p = {corrected:.3g} after the study's correction"
         if high < 0 or high < least:
             return Verdict.WRONG, ""
         if low >= least and low > 0:
-            return Verdict.HOLDS, f"by less than matters, {_told(matters, unit)}" * is_small
+            return Verdict.HOLDS, f"{OF_SIZE[0]}, {_told(matters, unit)}" * is_small
         if low > 0:
             return Verdict.OPEN, _spans(measurement, "differs, size open", unit)
     elif high < least or most < low:

@@ -100,6 +100,7 @@ class Study(Strict):
         control_seeds: The seeds that controls run on; null: all.
         contrasts: Arms that are compared with another one than the reference as well, each with that one.
         pilot: The study whose A/A pairs say beforehand what the planned pairs can see; null: this one.
+        home: The study that corrects the comparisons which it makes of the same runs, and is quoted; null: this one.
     """
 
     arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], dict[str, Any]], Field(min_length=1)]
@@ -117,6 +118,7 @@ class Study(Strict):
     control_seeds: list[CountOrZero] | None = None
     contrasts: list[tuple[str, str]] = []
     pilot: str | None = None
+    home: str | None = None
 
     @model_validator(mode="before")
     @classmethod

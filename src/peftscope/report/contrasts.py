@@ -27,7 +27,7 @@ EXPLAINED = (
     "Above zero is better. Holm's correction is for all comparisons of the study: it may leave open what one interval "
     "alone would decide. “Within” is the smallest margin at which two one-sided tests call two arms the same."
 )
-LEGEND = f" Numbers are % of the task gain with {100 * CONFIDENCE:g} % intervals. {EXPLAINED}"
+LEGEND = f" Numbers are % of the task gain with {100 * CONFIDENCE:g} % intervals, points are exact match. {EXPLAINED}"
 STEEP = 1.5
 """A run that ended on the steep rise has more than so many times the median loss at its rate, or at the best below."""
 FEWEST_FOR_BOOTSTRAP = 8
@@ -78,6 +78,7 @@ def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
         row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
     if (accuracy := mean_interval(study.points(arm, against))) is not None:
         row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+        row["is_whole_split"] = study.has_whole_split(arm, against)
     target = float(other[VALIDATION].mean()) + MARGIN * study.yardstick if VALIDATION in other else math.nan
     if math.isfinite(target) and (samples := samples_to(study, target, arm)):
         row["samples_to_reference"] = median(samples)
@@ -264,7 +265,8 @@ def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND) ->
         return told(row, named(row["against"]))
 
     def number(row: dict[Any, Any]) -> str:
-        return f" ({_signed(row, 'percent', '.1f')}, within {row['bound_percent']:.1f})" * has_numbers
+        points = f"; {_signed(row, 'accuracy', '.1f')} points" if row.get("is_whole_split") is True else ""
+        return f" ({_signed(row, 'percent', '.1f')}, within {row['bound_percent']:.1f}{points})" * has_numbers
 
     def place(row: dict[Any, Any]) -> tuple[bool, int, str]:
         return row["against"] != tested["against"].iloc[0], order.index(row["outcome"]), clause(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -11,9 +12,10 @@ import pandas as pd
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
+from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
 from peftscope.planning.estimate import estimate_seconds
-from peftscope.planning.experiment import experiment_path, read_experiment
+from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.planning.forecast import Forecaster
 from peftscope.planning.sweep import expand
 from peftscope.report.spoken import deciding
@@ -66,13 +68,30 @@ def _further_runs(part: dict[str, Any]) -> str:
     asked, study = part["with"], StudyResults(part["with"]["study"])
     named = [asked.get("arm"), asked.get("against")]
     named += [arm for field in ("arms", "ranks", "first", "second") for arm in asked.get(field, ())]
-    arms = [arm for arm in dict.fromkeys(named) if arm in study.arms and not study.rate(arm).is_tuned]
+    planned = _at_several_rates(study.subject)
+    left = [arm for arm in dict.fromkeys(named) if arm in study.arms and not study.rate(arm).is_tuned]
+    arms = [arm for arm in left if arm not in planned or arm in planned[arm].left_out]
     if not arms:
         return ""
     runs = pd.concat([study.arm_runs(arm) for arm in arms])
     price = spoken_time(2 * float(runs["wall_seconds"].sum()) / RUNS_AT_ONCE)
     names = "; ".join(map(study.labels.__getitem__, arms))
-    return f"three rates for {names}: {2 * len(runs)} runs, {price}"
+    studies = {planned[arm].name if arm in planned else "" for arm in arms}
+    where = f" (`make report EXPERIMENT={studies.pop()}`)" if len(studies) == 1 and "" not in studies else ""
+    return f"three rates for {names}{where}: {2 * len(runs)} runs, {price}"
+
+
+@cache
+def _at_several_rates(subject: str) -> dict[str, StudyResults]:
+    """Returns the arms that a study of a model and a task runs at several rates, each with that study."""
+    found: dict[str, StudyResults] = {}
+    for name in experiment_names():
+        settings = read_experiment(experiment_path(name)).study
+        if settings and settings.centres:
+            with suppress(InputError):  # it has not run
+                if (study := StudyResults(name)).subject == subject:
+                    found |= dict.fromkeys(settings.arms, study)
+    return found
 
 
 def _further_seeds(part: dict[str, Any]) -> str:

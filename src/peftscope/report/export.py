@@ -36,12 +36,12 @@ def exported(name: str, form: str) -> str:
     if form == "csv":
         return table.to_csv(index=False)
     readable = readable_contrasts(table, study.labels)
-    numbers = readable.columns.drop("what it says", errors="ignore")[:4]
+    numbers = readable.columns.drop("what it says", errors="ignore")[:5]
     frame = readable[[*numbers, *readable.columns.intersection(["what it says"])]]
     if form == "markdown":
         return f"{markdown(frame)}\n{caption(study)}"
     told = frame.map(latex).rename(columns=latex)
-    return told.to_latex(index=False, caption=latex(caption(study)), label=f"tab:{name}", column_format="lrrrl")
+    return told.to_latex(index=False, caption=latex(caption(study)), label=f"tab:{name}", column_format="lrrrrl")
 
 
 def latex(text: str) -> str:

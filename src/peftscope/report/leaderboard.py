@@ -33,10 +33,12 @@ LEAD = (
     "and what the study says."
 )
 POINTS = (
-    f"Differences are means over pairs of seeds, with {100 * CONFIDENCE:g} % intervals that include the tuning of both "
-    "arms. Above zero is better. “Within” is the smallest margin at which two one-sided tests call two arms the same.",
-    "A study tells arms apart after Holm's correction for all of its comparisons, so that two studies may say "
-    f"different things of the same runs. It calls arms the same within {100 * MARGIN:g} % of what the task teaches; "
+    f"Differences are over pairs of seeds, with {100 * CONFIDENCE:g} % intervals that include the tuning of both arms. "
+    "Where arms ran at several rates, means are without the best and the worst seed; elsewhere they are compared at "
+    "the rate chosen for each. Above zero is better. “Within” is the smallest margin at which two one-sided tests call "
+    "two arms the same.",
+    "A study tells arms apart after Holm's correction for all of its comparisons; one that several studies make of the "
+    f"same runs is corrected in one of them. Arms are the same within {100 * MARGIN:g} % of what the task teaches; "
     f"most studies were planned for {100 * EARLIER_MARGIN:g} %, so that many cannot tell. What two rows say of the "
     "reference does not compare them with each other.",
     "The A/A rows are an arm that entered twice, against itself: a smaller difference of another row means nothing.",

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from peftscope.claims.verdict import Verdict
+from peftscope.claims.measurement import POINTS, WITHIN
+from peftscope.claims.verdict import OF_SIZE, Verdict
 from peftscope.words import listed, scale_of, spoken_number, spoken_quantity
 
 MOST_WORDS = 5
@@ -23,7 +24,10 @@ def spoken_finding(finding: dict[str, Any]) -> str:
     where = f" on {finding['model']}" if finding.get("elsewhere") else ""
     if not (answer := finding.get("answer")):
         return measured(finding) + where
-    return f"{answer}{where}" + spread(finding, sides=bool(re.search(r" (ahead of|behind)( |$)", answer)))
+    if not re.search(r" (ahead of|behind)( |$)", answer):
+        return f"{answer}{where}" + spread(finding)
+    points = finding["evidence"].get(POINTS)
+    return f"{answer}{where}" + spread(finding, sides=True) + (f", {points} points of exact match" if points else "")
 
 
 def measured(part: dict[str, Any]) -> str:
@@ -39,11 +43,11 @@ def spread(part: dict[str, Any], sides: bool = False) -> str:
 
     Args:
         part: The part.
-        sides: Whether the ends are told as ahead and behind in place of their signs.
+        sides: Whether the ends are told as ahead and behind in place of their signs, with the bound of the difference.
 
-    >>> part = {"low": -0.02, "high": 0.05, "unit": "of the task gain"}
+    >>> part = {"low": -0.02, "high": 0.05, "unit": "of the task gain", "evidence": {WITHIN: 0.04}}
     >>> spread(part), spread(part, sides=True), spread(part | {"high": -0.01}, sides=True)
-    (' (-2 to 5)', ' (2 behind to 5 ahead)', ' (1 to 2 behind)')
+    (' (-2 to 5)', ' (2 behind to 5 ahead, within 4)', ' (1 to 2 behind, within 4)')
     """
     if part["low"] is None:
         return ""
@@ -53,6 +57,8 @@ def spread(part: dict[str, Any], sides: bool = False) -> str:
         low, high = (spoken_number(abs(end)) for end in sorted(ends, key=abs if max(ends) <= 0 else float))
         high += " behind" if max(ends) <= 0 else " ahead"
         low += " behind" * (min(ends) < 0 < max(ends))
+        if bound := part["evidence"].get(WITHIN):
+            high += f", within {spoken_number(scale_of(part['unit']) * bound)}"
     return f" ({low} to {high})"
 
 
@@ -77,6 +83,8 @@ def short_scope(scope: str) -> str:
 def spoken_verdict(finding: dict[str, Any]) -> str:
     """Returns a claim's verdict, with its worlds if the claim speaks of models and tasks at large.
 
+    That a difference is there and does not matter, or that none which matters is there, belongs to the verdict.
+
     >>> spoken_verdict({"verdict": "holds", "worlds": ["smollm2-135m, two-digit-sums"]})
     'holds here (1 world)'
     >>> spoken_verdict({"verdict": "holds in part", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "wrong"}})
@@ -90,7 +98,9 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
         each = "; ".join(f"{verdict} for {spoken_worlds(those)}" for verdict, those in where.items())
         alike = [*where] == [finding["verdict"]]
         return finding["verdict"] + (f" in {len(judged)} of {len(judged)} worlds" if alike else f": {each}")
-    return finding["verdict"] + ("" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)")
+    where = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
+    reason = (key_part(finding) or {}).get("reason", "") if finding.get("parts") else ""
+    return finding["verdict"] + where + (f": {reason}" if reason.startswith(OF_SIZE) else "")
 
 
 def spoken_worlds(worlds: Iterable[str]) -> str:

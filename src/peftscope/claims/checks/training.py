@@ -16,10 +16,11 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from peftscope.analysis.compare import compare
-from peftscope.analysis.stats import CONFIDENCE, sign_flip_p, trimmed_mean
+from peftscope.analysis.stats import CONFIDENCE, mean_interval, sign_flip_p, trimmed_mean
 from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults, paired
-from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
+from peftscope.claims.measurement import POINTS, WITHIN, Measurement, NotRunError, Quantity, over_seeds
 from peftscope.models.catalog import find_model
+from peftscope.words import interval, signed
 
 FEWEST_RATES = 4
 REACHES = (3.5, 10.0)
@@ -123,6 +124,9 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
     found = _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
+    if results.has_whole_split(arm, against) and (points := mean_interval(results.points(arm, against))):
+        told = interval(points.mean, points.low, points.high, lambda value: signed(value, ".1f"))
+        found = replace(found, evidence={**found.evidence, POINTS: told})
     is_tuned = results.rate(arm).is_tuned and results.rate(against).is_tuned
     return replace(found, p_adjusted=results.corrected_p(arm, against), matters=MARGIN * is_tuned)
 
@@ -298,7 +302,8 @@ def _over_seeds(
     found = over_seeds(results, values, evidence, runs, tuning_error)
     beside: dict[str, Quantity] = {"task gain, nats per token": results.task_gain}
     if found.n > 1:
-        beside["paired t, p"] = compare(found.samples, math.inf, tuning_error).p
+        difference = compare(found.samples, math.inf, tuning_error)
+        beside |= {WITHIN: difference.bound, "paired t, p": difference.p}
         beside["sign flips, p"] = sign_flip_p(found.samples)
     if found.tuning_error:
         beside["standard error from tuning"] = found.tuning_error
