@@ -27,9 +27,13 @@ from peftscope.training.load import attention, load_base, load_tokenizer
 ANSWER = 4
 
 
-def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(toy: Path, make_spec) -> None:
-    """On 64 prompts: the held-out pass finds no 0 in what ``generate`` gave, and finds the token that was changed."""
-    spec = make_spec(method="lora", precision="fp32")
+@pytest.mark.parametrize(("method", "precision"), [("lora", "fp32"), ("qlora", "bf16")])
+def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(method: str, precision: str, toy: Path, make_spec) -> None:
+    """On 64 prompts: the held-out pass finds no 0 in what ``generate`` gave, and finds the token that was changed.
+
+    But where two logits lie within two steps of bf16, either may be the larger one.
+    """
+    spec = make_spec(method=method, precision=precision)
     tokenizer = load_tokenizer(spec)
     trained = build_model(load_base(spec), spec).model.eval()
     with torch.no_grad():  # so that the adapter says something
@@ -46,8 +50,16 @@ def test_an_answer_of_argmaxes_is_what_greedy_decoding_gives(toy: Path, make_spe
         changed.append(Example((*tokens[:-1], (tokens[-1] + 1) % trained.config.vocab_size), len(prompt)))
     with attention(trained, spec.attention):
         right, wrong = (heldout_nll(trained, examples, spec, 0) for examples in (given, changed))
-    assert all(item.argmax == "1" * item.tokens for item in right)
-    assert all(item.argmax == "1" * (item.tokens - 1) + "0" for item in wrong)
+    unsure = []
+    for number, example in enumerate(given):
+        logits = trained(input_ids=torch.tensor([example.tokens])).logits[0, example.prompt_length - 1 : -1].float()
+        first, second = logits.topk(2).values.T
+        steps = (first - second) / 2.0 ** (first.abs().log2().floor() - 7)
+        unsure += [number] * bool(spec.precision == "bf16" and (steps < 2).any())
+    assert len(unsure) < len(given) / 2
+    for number in set(range(len(given))) - set(unsure):
+        assert right[number].argmax == "1" * right[number].tokens
+        assert wrong[number].argmax == "1" * (wrong[number].tokens - 1) + "0"
 
 
 def test_one_pass_gives_the_losses_and_the_shift_of_the_first_items(toy: Path, make_spec, monkeypatch) -> None:

@@ -144,6 +144,17 @@ def test_every_open_or_not_run_claim_says_what_would_decide_it_and_at_what_price
     assert f"{2 * len(arms)} runs, {spoken_time(arms['wall_seconds'].sum())}" in said["P17"]
 
 
+def test_a_comparison_of_the_same_runs_has_the_same_words_in_every_study(in_repository: None) -> None:
+    words: dict[frozenset[str], dict[str, set[str]]] = {}
+    for name in COMPARED:
+        study = StudyResults(name)
+        for row in pd.read_csv(f"results/published/{name}/tables/contrasts.csv").to_dict("records"):
+            runs = frozenset(run for arm in (row["arm"], row["against"]) for run in study.arm_runs(arm)["run_id"])
+            words.setdefault(runs, {}).setdefault(told(row), set()).add(name)
+    assert sum(len(names) > 1 for said in words.values() for names in said.values()) > 10
+    assert [said for said in words.values() if len(said) > 1] == []
+
+
 @pytest.mark.parametrize("name", [fast_if(number % 8 == 0, name) for number, name in enumerate(COMPARED)])
 def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(name: str, repository, in_repository: None) -> None:
     assert len(COMPARED) > 20

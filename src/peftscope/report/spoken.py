@@ -27,7 +27,10 @@ def spoken_finding(finding: dict[str, Any]) -> str:
     if not re.search(r" (ahead of|behind)( |$)", answer):
         return f"{answer}{where}" + spread(finding)
     points = finding["evidence"].get(POINTS)
-    return f"{answer}{where}" + spread(finding, sides=True) + (f", {points} points of exact match" if points else "")
+    more = f", {points} points of exact match" if points else ""
+    if WITHIN in finding["evidence"] and not finding.get("matters"):  # each ran at one rate
+        more += " at these rates"
+    return f"{answer}{where}" + spread(finding, sides=True) + more
 
 
 def measured(part: dict[str, Any]) -> str:
