@@ -62,7 +62,7 @@ rule fetch_model:
         name=WORKFLOW.model_name,
         revision=WORKFLOW.model_revision,
     shell:
-        "python -m peftscope fetch {params.name:q} {params.revision} > {log:q} 2>&1"
+        "python -m peftscope fetch {params.name:q} {params.revision} 2>&1 | tee {log:q}"
 
 
 rule make_task:

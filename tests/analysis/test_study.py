@@ -207,6 +207,7 @@ def test_first_the_listed_rates_are_known_then_every_arm_runs_at_three_on_the_sa
     write_study_file(**TUNED)
     sweep = expand("mine")
     assert {c.name for c in sweep.comparisons} == {"runs", "tune-full", "tune-lora", "tune-thin"}
+    assert list(describe(sweep))[-1] == "Power: not known before its own A/A pairs."
     assert len(sweep.runs) == 1 + 9
     assert {spec.seed for run, spec in sweep.runs.items() if "none" not in run} == {100}
     record_tuning()
@@ -219,12 +220,15 @@ def test_first_the_listed_rates_are_known_then_every_arm_runs_at_three_on_the_sa
     assert not any(c.name.startswith("arm-") for c in sweep.comparisons)
 
 
-def test_at_chosen_rates_every_arm_runs_at_one(tuned: None) -> None:
-    sweep = expand("mine")
-    for arm, rate in (("full", 1e-4), ("lora", 1e-3), ("thin", 1e-3)):
-        specs = [sweep.runs[run] for run in members(f"arm-{arm}")]
-        assert [(spec.learning_rate, spec.seed) for spec in specs] == [(rate, seed) for seed in range(6)]
-    assert len(sweep.runs) == 1 + 18 + 18
+def test_at_chosen_rates_every_arm_runs_at_one_and_shares_further_seeds_with_the_reference(write_study_file) -> None:
+    write_study_file(more_seeds={"thin": [6]})
+    for arm, rate, seeds in (("full", 1e-4, 7), ("lora", 1e-3, 6), ("thin", 1e-3, 7)):
+        specs = [mine().runs[run] for run in members(f"arm-{arm}")]
+        assert [(spec.learning_rate, spec.seed) for spec in specs] == [(rate, seed) for seed in range(seeds)]
+    assert len(mine().runs) == 1 + 20 + 18
+    study = compared(GAINS | {arm: [*GAINS[arm], 1.9] for arm in ("full", "thin")}, full=[{}] * 7, thin=[{}] * 7)
+    assert study.pairs("lora", "full") == pytest.approx(list(map(float.__sub__, GAINS["lora"], GAINS["full"])))
+    assert len(study.pairs("thin", "full")) == 7
 
 
 def test_a_control_changes_one_thing(tuned: None) -> None:
@@ -250,6 +254,8 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"centres": {"lora": 1e-3}}, "centres of what is not tuned: lora"),
         ({"a_a": "full"}, "chosen_rates must have both full and full-a-a, or neither"),
         ({"tuning_seeds": [1]}, "must not overlap"),
+        ({"more_seeds": {"dora": [9]}}, "more_seeds name no arm: dora"),
+        ({"more_seeds": {"thin": [9, 5]}}, "more_seeds of thin must differ, and be none of"),
         ({"seeds": [0]}, "study.seeds"),
         ({"arms": {"full": {"method": "full"}, "a b": {"method": "lora"}}}, "study.arms"),
         ({"controls": {"dora": ["a-a"]}}, "controls and a_a name no arm: dora"),
@@ -777,17 +783,23 @@ def test_an_arm_that_has_run_is_published_with_its_further_rates_before_the_othe
     choose_rates(expand("mine"), 0)
     for run in members("rates-lora"):
         record(run, heldout=1.0 - 100 * expand("mine").runs[run].learning_rate)  # the best rate is the highest
-    for run in [run for run, spec in expand("mine").runs.items() if spec.method.name == "none"]:
-        record(run, heldout=2.0)
+    record(members("runs")[0], heldout=2.0)
     publish("mine")
     assert {expand("mine").runs[run].learning_rate for run in members("rates-lora")} == {5.8e-4, 1e-3, 1.7e-3, 3e-3}
     assert {expand("mine").runs[run].learning_rate for run in members("rates-full")} == {5.8e-5, 1e-4, 1.7e-4}
     assert not Path("results/mine/rates-2.json").exists()  # nothing ran at the rate that was added
 
 
-def test_arms_that_have_their_best_rate_are_compared_before_the_others_have_run(untuned: None) -> None:
+def test_arms_that_have_their_best_rate_are_compared_before_the_others_have_run(write_study_file) -> None:
     """The p of a comparison is corrected as if all that are missing had come out worst."""
-    choose_rates(expand("mine"), 0)
+    write_study_file(**TUNED)
+    with pytest.raises(InputError, match="not finished"):
+        publish("mine")
+    record(members("tune-lora")[1], validation_nll=0.5)
+    publish("mine")
+    assert list(published_records("mine")) == [members("tune-lora")[1]]
+    record_tuning({arm: CURVE[arm] for arm in ("full", "lora")})
+    publish("mine")
     record(members("runs")[0], heldout=BASE_LOSS)
     for arm in ("lora", "full"):
         for run in members(f"rates-{arm}"):
@@ -808,15 +820,9 @@ def test_arms_that_have_their_best_rate_are_compared_before_the_others_have_run(
     assert found.p_adjusted == pytest.approx(2 * study.difference("full", "lora").p)
     with pytest.raises(InputError, match="not finished"):
         training.heldout_gain("mine", "thin", "lora")
-
-
-def test_the_first_runs_of_a_study_are_published_before_a_rate_is_chosen(write_study_file) -> None:
-    write_study_file(**TUNED)
-    with pytest.raises(InputError, match="not finished"):
-        publish("mine")
-    record(members("tune-lora")[1], validation_nll=0.5)
-    publish("mine")
-    assert list(published_records("mine")) == [members("tune-lora")[1]]
+    record_tuning({"thin": CURVE["thin"]})
+    choose_rates(expand("mine"), 0)
+    assert collected().rate("full").best == 1e-4 and len(members("rates-full")) == len(members("rates-thin")) == 18
 
 
 @pytest.mark.slow

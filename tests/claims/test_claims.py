@@ -14,7 +14,7 @@ from conftest import REPOSITORY, Command
 from ledger_parts import PUBLISHED_CLAIMS, changed_part, claims, published_findings
 
 from peftscope.claims.evaluate import Finding, PartFinding, evaluate, evaluate_part, moved
-from peftscope.claims.ledger import Change, Claim, Part, read_history, read_ledger
+from peftscope.claims.ledger import Change, Claim, Part, arms_named_in, elsewhere, read_history, read_ledger
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.stored import read_findings, unexplained_changes
 from peftscope.claims.verdict import READINGS, Reading, Rule, Verdict, judge
@@ -112,6 +112,15 @@ def test_every_claim_of_the_chapter_and_the_papers_is_measured_or_says_why_not()
     assert [claim.id for claim in ledger] == [f"S{n}" for n in range(1, 103)] + [f"P{n}" for n in range(1, 68)]
     for claim in ledger:
         assert all(part.check or len(part.waits_for) > 20 for part in claim.parts), claim.id
+
+
+def test_what_a_claim_asks_of_other_worlds_is_what_was_written_down_before_they_ran() -> None:
+    rows = []
+    for claim in claims().values():
+        arms = {parts[-1].with_["study"]: ", ".join(arms_named_in(*parts)) for parts in elsewhere(claim)}
+        asked = f"{arms.get('pronunciation', '-')} | {arms.get('pronunciation-gemma', '-')}"
+        rows += [f"| {claim.id} | {asked} |"] * bool(arms)
+    assert "\n".join(["|---|---|---|", *rows, ""]) in (REPOSITORY / "docs" / "studies.md").read_text()
 
 
 def test_two_entries_must_differ(tmp_path: Path) -> None:

@@ -173,12 +173,12 @@ class TestWheels:
     @pytest.mark.parametrize(
         ("file", "content", "said"),
         [
-            ("model.safetensors", None, r"source\.file: it has 1 weights, and the shape of own has 115,264 -> is it"),
+            ("model.safetensors", None, r"own: weights 1, not 115264; model_type qwen2, not llama; vocab_size None"),
             ("model.gguf", "no model", r"source\.file: own/model\.gguf cannot be read as GGUF: "),
         ],
     )
     def test_the_file_of_another_model_is_refused(self, own, index: Path, file, content, said) -> None:
-        inside = {f"own/{file}": content or save({"x": torch.zeros(1)})}
+        inside = {f"own/{file}": content or save({"x": torch.zeros(1)}), "own/config.json": '{"model_type": "qwen2"}'}
         sha256 = self.write_wheel(index / "own-1.0-py3-none-any.whl", inside)
         shape = find_model("toy").shape.model_dump(mode="json")
         write_wheel_entry(own, shape, sha256=sha256, file=f"own/{file}")

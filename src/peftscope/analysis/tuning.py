@@ -97,7 +97,7 @@ def choose_rates(sweep: Sweep, number: int, *, finished_only: bool = False) -> P
         else:
             said |= {"rates": around(study.centres.get(entrant.name) or _centre(sweep, entrant.arm, tried))}
         chosen[entrant.name] = said
-    if chosen and not any(said["rates"] for said in chosen.values()):
+    if chosen and not finished_only and not any(said["rates"] for said in chosen.values()):
         remedy = f"see `peftscope expand {sweep.name}` for what would fit"
         raise InputError(Problem(f"{experiment_path(sweep.name)}: study.arms", "memory ran out in every one", remedy))
     path = rates_path(sweep.name, number) if number < ROUNDS else tuned_path(sweep.name)
@@ -119,8 +119,8 @@ def choose_next(sweep: Sweep) -> Path:
 def choose_for_finished(sweep: Sweep) -> Sweep:
     """Chooses the next rates, or the best one, of arms whose runs have ended, and returns the sweep that follows."""
     bases = [run for run, spec in sweep.runs.items() if spec.method.name == "none"]
-    for number in range(1, ROUNDS + 1):
-        ready = rates_path(sweep.name, number - 1).is_file() and _have_ended(bases)
+    for number in range(ROUNDS + 1):
+        ready = not number or (rates_path(sweep.name, number - 1).is_file() and _have_ended(bases))
         if ready and any(map(_have_ended, runs_to_choose_from(sweep, number).values())):
             choose_rates(sweep, number, finished_only=True)
             sweep = expand(sweep.name, next(iter(sweep.runs.values())).device)

@@ -62,11 +62,6 @@ class PartFinding:
         return f"sampled, n = {self.found.n}" if sampled else word
 
     @property
-    def asks_of_worlds(self) -> bool:
-        """Whether the part asks training on models and tasks at large."""
-        return self.part.kind == "training" and self.part.general
-
-    @property
     def answer(self) -> str:
         """Returns what the measured value answers in the terms of the claim; empty without a value or such words."""
         words = self.part.answers.get(self.verdict, "") if self.found else ""
@@ -128,11 +123,11 @@ class Finding:
     def in_worlds(self) -> dict[str, Verdict]:
         """Returns the verdict in each world by its model and task. Parts that are no training count in all of them."""
         at_home = [part for part in self.deciding if not part.elsewhere]
-        named = next((part.found.model for part in at_home if part.found and part.asks_of_worlds), "")
+        named = next((part.found.model for part in at_home if part.found and part.part.asks_of_worlds), "")
         worlds = {named: [part.verdict for part in at_home]}
         for part in self.deciding:
             if part.elsewhere and part.found:
-                shared = [other.verdict for other in at_home if not other.asks_of_worlds]
+                shared = [other.verdict for other in at_home if not other.part.asks_of_worlds]
                 worlds.setdefault(part.found.model, shared).append(part.verdict)
         return {world: combine(verdicts) for world, verdicts in worlds.items() if world or len(worlds) == 1}
 
@@ -162,7 +157,7 @@ class Finding:
         return {
             "id": self.claim.id,
             "verdict": self.verdict.value,
-            "worlds": sorted({part.found.model for part in self.deciding if part.asks_of_worlds and part.found}),
+            "worlds": sorted({part.found.model for part in self.deciding if part.part.asks_of_worlds and part.found}),
             **({"in_worlds": self.in_worlds} if len(self.in_worlds) > 1 else {}),
             "known": "; ".join(dict.fromkeys(part.known for part in self.deciding if part.known and part.found)),
             "claimed": self.claim.claimed,
@@ -206,7 +201,10 @@ def evaluate(claims: Iterable[Claim], stored: Mapping[str, Measurement] | None =
     for claim in claims:
         parts = [evaluate_part(part, stored) for part in claim.parts]
         for others in elsewhere(claim):
-            found = [replace(evaluate_part(part, stored), elsewhere=True) for part in others]
+            found: list[PartFinding] = []
+            for part in sorted(others, key=lambda part: part.kind != "training"):  # what takes minutes comes last
+                if all(before.found for before in found):
+                    found.append(replace(evaluate_part(part, stored), elsewhere=True))
             parts += found if all(part.found for part in found) else []
         yield Finding(claim, tuple(parts))
 

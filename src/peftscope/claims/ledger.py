@@ -110,6 +110,11 @@ class Part(Strict):
         return "assertion" if self.quotes else "beside"
 
     @property
+    def asks_of_worlds(self) -> bool:
+        """Whether the part asks training, or what is measured on a task's items, on models and tasks at large."""
+        return self.general and (self.kind == "training" or "task" in self.with_)
+
+    @property
     def decides(self) -> bool:
         """Whether the claim's verdict rests on this part."""
         return self.role != "beside"
@@ -293,24 +298,27 @@ def elsewhere(claim: Claim) -> Iterator[list[Part]]:
     It is asked of the same arms or, of a list of arms, of those that run there. A world in which one of the claim's
     assertions cannot be asked has no say.
     """
-    asked = [part for part in claim.parts if part.role == "assertion" and part.kind == "training" and part.general]
+    asked = [part for part in claim.parts if part.role == "assertion" and part.asks_of_worlds]
     for world in list(WORLDS.values())[1:]:
-        study = read_experiment(experiment_path(world)).study
-        arms = {entrant.name for entrant in study.entrants} if study else set()
-        parts = [there for part in asked if (there := _there(part, world, arms))]
+        experiment = read_experiment(experiment_path(world))
+        arms = {entrant.name for entrant in experiment.study.entrants} if experiment.study else set()
+        place = {"study": world, **{name: experiment.fixed[name] for name in ("model", "task")}}
+        parts = [there for part in asked if (there := _there(part, place, arms))]
         if asked and len(parts) == len(asked):
             yield parts
 
 
-def _there(part: Part, world: str, arms: set[str]) -> Part | None:
-    """Returns a part as a study with these arms is asked; None if it lacks arms, or the check is not about arms."""
+def _there(part: Part, place: dict[str, Any], arms: set[str]) -> Part | None:
+    """Returns a part as it is asked of a world with these arms; None if it lacks arms, or the check cannot be asked."""
     lists = {name: _within(part.with_[name], arms) for name in ("arms", "ranks") if name in part.with_}
     named = [arm for name in NAME_ARMS if name not in lists for arm in _items(part.with_.get(name, ()))]
     # One arm of a list says something only if it is compared with another.
     enough = all(len(found) > (isinstance(found, list) and "against" not in part.with_) for found in lists.values())
-    if not (part.check.startswith(("training.", "forgetting.")) and arms.issuperset(named) and enough):
+    can_be_asked = part.check.startswith(("training.", "forgetting.")) or "task" in part.with_
+    if not (can_be_asked and "base_weights" not in part.with_ and arms.issuperset(named) and enough):
         return None
-    return part.model_copy(update={"with_": {**part.with_, **lists, "study": world}})
+    here = {name: place[name] for name in place.keys() & part.with_.keys()}
+    return part.model_copy(update={"with_": {**part.with_, **lists, **here}})
 
 
 def _within(value: Any, arms: set[str]) -> Any:
@@ -321,6 +329,12 @@ def _within(value: Any, arms: set[str]) -> Any:
 
 NAME_ARMS = ("arms", "arm", "against", "first", "second", "ranks")
 """The parameters of checks that name arms of a study: one, several, or a mapping of them."""
+
+
+def arms_named_in(*parts: Part) -> list[Any]:
+    """Returns the arms that the parameters of some parts' checks name, each once."""
+    named = [arm for part in parts for name in NAME_ARMS for arm in _items(part.with_.get(name, ()))]
+    return list(dict.fromkeys(named))
 
 
 def _items(value: Any) -> list[Any]:
@@ -344,7 +358,7 @@ def _problems_of_experiment(part: Part, key: str, where: str) -> list[Problem]:
         return []
     if study is None:
         return [Problem(f"{where}.study", f"{part.with_['study']} is an experiment without a study")]
-    named = [arm for key in NAME_ARMS for arm in _items(part.with_.get(key, ()))]
+    named = arms_named_in(part)
     arms = [entrant.name for entrant in study.entrants]
     return [
         Problem(where, f"{part.with_['study']} has no such arm (got {shown(arm)})", close_match(str(arm), arms))

@@ -25,7 +25,8 @@ def describe(sweep: Sweep) -> Iterator[str]:
         for stage, runs in _runs_by_stage(sweep).items()
         if runs
     ]
-    yield f"Stages: {', '.join(stages)}. {len(study.entrants)} arms, {len(study.seeds)} pairs each."
+    more = "".join(f", {len(study.seeds_of(arm))} of {arm}" for arm in study.more_seeds)
+    yield f"Stages: {', '.join(stages)}. {len(study.entrants)} arms, {len(study.seeds)} pairs each{more}."
     again = [group.runs for group in sweep.comparisons if group.name == f"{TUNING}{study.a_a}{A_A}"]
     if study.a_a and again and not any(sweep.runs[run].method.draws_start for run in again[0]):
         yield (
@@ -55,7 +56,8 @@ def _power(sweep: Sweep, study: Study) -> str:
         pairs = results.difference(results.reference + A_A, results.reference)
         gain = results.task_gain
     except InputError as error:
-        return f"Power: not known before the A/A pairs of its pilot: {error.problems[0]}."
+        own = pilot == sweep.name
+        return f"Power: not known before {'its own A/A pairs' if own else f'those of its pilot: {error.problems[0]}'}."
     planned = Difference(0.0, pairs.spread, pairs.tuning_error, len(study.seeds), math.nan)
     width = planned.half_width() / gain
     plan = f"the ±{100 * PLANNED:g} % that a study plans for"

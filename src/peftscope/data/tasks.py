@@ -36,6 +36,7 @@ class TaskEntry(Strict):
     ] = "test"
     licence: str = "unknown"
     tokens: Annotated[Count | None, Field(description="tokens of a usual item, for estimates")] = None
+    most_tokens: Annotated[Count | None, Field(description="tokens of its longest item, for the memory of jobs")] = None
 
 
 @lru_cache

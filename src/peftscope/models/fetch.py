@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.files.content import REVISION_PATTERN
+from peftscope.files.content import REVISION_PATTERN, parse_json, read_text
 from peftscope.files.hub import fetch_files
 from peftscope.files.resource import Resource
 from peftscope.files.wheel import unpacked
@@ -143,9 +143,14 @@ def _wheel(name: str, entry: BaseModelEntry, source: WheelSource, revision: str 
             except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 message = f"{source.file} cannot be read as GGUF: {' '.join(str(error).split())}"
                 raise InputError(Problem(f"{where}.source.file", message, _ANOTHER)) from None
-    if entry.shape and (found := _count_values(target)) != entry.shape.parameters:
-        message = f"it has {found:,} weights, and the shape of {name} has {entry.shape.parameters:,}"
-        raise InputError(Problem(f"{where}.source.file", message, _ANOTHER))
+    if entry.shape:
+        path, wanted = target / "config.json", entry.shape.to_config()
+        config = parse_json(read_text(path), f"{where}.source.file: config.json") if path.is_file() else wanted
+        found: dict[str, tuple[Any, Any]] = {"weights": (_count_values(target), entry.shape.parameters)}
+        found |= {key: (config.get(key), wanted[key]) for key in ("model_type", "vocab_size")}
+        if differs := [f"{key} {own}, not {other}" for key, (own, other) in found.items() if own != other]:
+            message = f"it is not of the shape of {name}: {'; '.join(differs)}"
+            raise InputError(Problem(f"{where}.source.file", message, _ANOTHER))
 
 
 _ANOTHER = "is it the file that it is taken for?"

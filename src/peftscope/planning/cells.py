@@ -44,7 +44,7 @@ def count_cells(experiment: Experiment) -> int:
     if study := experiment.study:
         tuned = [study.learning_rates[entrant.arm] for entrant in study.entrants if entrant.arm in study.learning_rates]
         count += sum(map(len, tuned)) * len(study.tuning_seeds)
-        count += (len(study.entrants) + 2 * len(tuned)) * len(study.seeds)
+        count += sum((3 if e.arm in study.learning_rates else 1) * len(study.seeds_of(e.name)) for e in study.entrants)
     return count
 
 
@@ -129,7 +129,7 @@ def rate_cells(study: Study, rates: dict[str, list[float]]) -> Iterator[Cell]:
 
 
 def _pair_values(study: Study, entrant: Entrant, rate: float) -> Iterator[dict[str, Any]]:
-    for seed in study.seeds:
+    for seed in study.seeds_of(entrant.name):
         values = {**entrant.fields, "learning_rate": rate, "seed": seed}
         yield values | ({"init_seed": seed + entrant.shift} if entrant.shift else {})
 

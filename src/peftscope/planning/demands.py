@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from peftscope.data.tasks import item_tokens
+from peftscope.data.tasks import find_task, item_tokens
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.base import Model
 from peftscope.memory.question import Question
@@ -21,7 +21,9 @@ PROCESS_BYTES = 2 * GIB
 MARGIN = 1.25
 """What a job asks for, over the peak of its tensors: allocators keep freed memory, and generation has a cache."""
 LONGEST = 4
-"""Tokens of a task's longest item over those of a usual one. A job that runs out of memory is retried with more."""
+"""Tokens of a task's longest item over those of a usual one, where its entry does not say how many that has.
+
+A job that runs out of memory is retried with more."""
 SLOWER = 3
 """How much longer than estimated a job may take before it is stopped; it then goes on where it was."""
 SHORTEST_MINUTES = 20
@@ -59,7 +61,8 @@ def host_bytes(spec: RunSpec) -> int:
     if spec.device == "cuda":
         # In fp32 at most, and twice: as they are read, and as they are put together.
         return spec.shards * (PROCESS_BYTES + 2 * 4 * shape.parameters)
-    length = spec.seq_len if spec.packing else min(spec.seq_len, math.ceil(LONGEST * item_tokens(spec.task)))
+    longest = find_task(spec.task).most_tokens or math.ceil(LONGEST * item_tokens(spec.task))
+    length = spec.seq_len if spec.packing else min(spec.seq_len, longest)
     widest = spec.model_copy(update={"seq_len": length})
     model = Model(spec.model, shape.to_config(), shape)
     # For a method without a closed form two others stand in: one takes the most states, the other the most activations.

@@ -69,6 +69,9 @@ class BorrowedRate(Strict):
 RATES_OF_ARMS = ("learning_rates", "chosen_rates", "given_rates", "borrowed_rates")
 """The fields of a study of which one has the rate of an arm, or where to look for it."""
 
+FORGOTTEN = ("centres", "more_seeds")
+"""The fields of a study by arms of which null leaves out what the extended file says."""
+
 VARIED, FEWEST_VALUES = ("rank", "alpha", "dimension"), 3
 """The fields over which a study may have a figure, and of how many values."""
 
@@ -92,6 +95,7 @@ class Study(Strict):
         borrowed_rates: The rate of each arm that is compared at the rate of another one.
         tuning_seeds: Runs that only choose the centres, by validation loss.
         seeds: Runs at three rates or more; the same seed gives every arm the same batches and test items.
+        more_seeds: Further seeds of arms whose intervals are too wide. The reference runs on all of them as well.
         tuning: Fields of the tuning runs alone: what only the comparison needs is left out there.
         a_a: The reference, if it enters a second time as ``ARM-a-a``, tuned on seeds of its own and with other
             initialisation seeds. A difference between methods that is no larger than its own means nothing.
@@ -112,6 +116,7 @@ class Study(Strict):
     borrowed_rates: dict[str, BorrowedRate] = {}
     tuning_seeds: Annotated[list[CountOrZero], Field(min_length=1)]
     seeds: Annotated[list[CountOrZero], Field(min_length=2)]
+    more_seeds: dict[str, list[CountOrZero]] = {}
     tuning: dict[str, Any] = {}
     a_a: str | None = None
     controls: dict[str, list[Control]] = {}
@@ -127,11 +132,11 @@ class Study(Strict):
             return content
         left_out = {arm for arm, fields in arms.items() if fields is None}
         again = set() if content.get("a_a") else {arm + A_A for arm in arms}
-        return {field: of for field, of in content.items() if (field, of) != ("centres", None)} | {
+        return {field: of for field, of in content.items() if field not in FORGOTTEN or of is not None} | {
             field: {arm: of for arm, of in content[field].items() if of is not None and arm not in without}
             for field, without in {
                 **dict.fromkeys((*RATES_OF_ARMS, "arms", "controls"), left_out),
-                **dict.fromkeys(("chosen_rates", "centres"), left_out | {arm + A_A for arm in left_out} | again),
+                **dict.fromkeys(("chosen_rates", *FORGOTTEN), left_out | {arm + A_A for arm in left_out} | again),
             }.items()
             if isinstance(content.get(field), dict)
         }
@@ -167,6 +172,11 @@ class Study(Strict):
         for name, seeds in (("tuning_seeds", self.tuning_seeds), ("seeds", self.seeds)):
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"{name} must differ")
+        if unknown := set(self.more_seeds) - {entrant.name for entrant in self.entrants}:
+            raise ValueError(f"more_seeds name no arm: {', '.join(sorted(unknown))}")
+        for name, more in self.more_seeds.items():
+            if len({*self.seeds, *self.tuning_seeds, *more}) < len(self.seeds) + len(self.tuning_seeds) + len(more):
+                raise ValueError(f"more_seeds of {name} must differ, and be none of seeds and tuning_seeds")
         if set(self.tuning_seeds) & set(self.seeds):
             raise ValueError("tuning_seeds and seeds must not overlap: no run chooses the centre and is judged as well")
         if strange := set(self.control_seeds or ()) - set(self.seeds):
@@ -213,6 +223,11 @@ class Study(Strict):
     def reference(self) -> str:
         """The arm that the others are compared with: the first."""
         return next(iter(self.arms))
+
+    def seeds_of(self, name: str) -> list[int]:
+        """Returns the seeds of an arm, or of the one that enters again."""
+        more = [self.more_seeds[arm] for arm in self.more_seeds if name in (arm, self.reference)]
+        return list(dict.fromkeys([*self.seeds, *(seed for seeds in more for seed in seeds)]))
 
     def rates_beside(self, tuned: dict[str, float | None]) -> dict[str, float | None]:
         """Returns the rate of each arm that is not tuned; None where it follows from one that is not chosen."""

@@ -108,6 +108,8 @@ def power(study: StudyResults) -> dict[str, Any]:
     """Returns what the study could see: its yardstick, the half-widths of its intervals, and the arms that miss."""
     found = {compared_label(*pair, study.reference, study.labels): study.difference(*pair) for pair in study.compared}
     widths = {name: 100 * difference.half_width() / study.yardstick for name, difference in found.items()}
+    of_sameness = 2 * CONFIDENCE - 1
+    narrow = {name: 100 * one.half_width(of_sameness) / study.yardstick for name, one in found.items()}
     return {
         "task_gain": formatted(study.yardstick, ".3f"),
         "is_lowest": LOWEST in study.table and bool(study.table[LOWEST].notna().any()),
@@ -118,6 +120,8 @@ def power(study: StudyResults) -> dict[str, Any]:
         "planned": f"{100 * PLANNED:g}",
         "widths": f"{min(widths.values()):.1f} to {max(widths.values()):.1f}" if widths else "",
         "median": f"{median(widths.values()):.1f}" if widths else "",
+        "of_sameness": f"{100 * of_sameness:g}",
+        "narrow": "; ".join(f"{name} ±{width:.2f} %" for name, width in narrow.items()),
         "missed": "; ".join(f"{name} (±{width:.1f} %)" for name, width in widths.items() if width > 100 * PLANNED),
     }
 
@@ -146,6 +150,9 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "step": f"√{STEP**2:.0f}",
         "tuning_seeds": listed(settings.tuning_seeds),
         "seeds": len(settings.seeds),
+        "more_seeds": "; ".join(
+            f"{labels[arm]} on {len(settings.seeds_of(arm))}" for arm in settings.more_seeds if arm in labels
+        ),
         "chosen": "; ".join(f"{labels[arm]} {r.best:g}" for arm, r in rates.items() if r.curve or r.is_tuned),
         "at_an_end": "; ".join(labels[arm] for arm in study.arms_at_an_end),
         "left_out": told_left_out(study),

@@ -85,7 +85,9 @@ def _over_rates(
     if all(results.has_several_rates(arm) for arm in arms):
         runs = {name: results.rate_runs(name) for name in arms}
         losses = {name: results.losses_by_rate(name) for name in arms}
-        n = min(map(len, losses.values()))
+        common = set.intersection(*(set(table.index) for table in losses.values()))
+        losses = {name: table[table.index.isin(common)] for name, table in losses.items()}
+        n = len(common)
         drawn = random.integers(n, size=(resamples, n))
         draws = np.stack([_vertices(table, drawn) for table in losses.values()])
         best = np.stack([_vertices(table, np.arange(n)[None]) for table in losses.values()])
