@@ -22,7 +22,7 @@ from peftscope.claims.stored import unexplained_changes
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.layout import results_folder
 from peftscope.planning.published import ITEMS, RETENTION
-from peftscope.report.spoken import spoken_finding, spoken_scope, spoken_verdict
+from peftscope.report.spoken import spoken_finding, spoken_verdict
 from peftscope.report.worlds import WORLDS_FIGURE, show_worlds, world_answers
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -146,7 +146,10 @@ def write_subspaces(middle: float, noise: float = 0.005) -> None:
 
 
 def write_losses(of_arms: dict[str, float], noise: float = 0.001, study: str = "synthetic", task: str = "sums") -> None:
-    """Writes the arms of a study with their losses. Shuffled labels reach 1.1 nats, and LoRA 0.2 if nothing is said."""
+    """Writes the arms of a study with their losses. Shuffled labels reach 1.1 nats, and LoRA 0.2 if nothing is said.
+
+    From half of the training on, full fine-tuning forgets no more, and others a tenth of a bit.
+    """
     random = np.random.default_rng(1)
     losses = {f"arm-{arm}": loss for arm, loss in ({"lora": 0.2} | of_arms).items()}
     losses["control-shuffled-labels-lora"] = 1.1
@@ -163,7 +166,11 @@ def write_losses(of_arms: dict[str, float], noise: float = 0.001, study: str = "
     table = pd.DataFrame([*rows, base, *tunes])
     table.loc[table["comparisons"] == "arm-lora", "comparisons"] += " control-shuffled-labels-lora"
     chosen = {"learning_rate": 1e-2, "tried": [], "regret_rms": 0.005}
-    write_results(study, table, dict.fromkeys(arms, chosen), model="toy", task=task, learning_rate=1e-2)
+    prose = {VALIDATION: table[HELDOUT], f"{RETENTION}_before": 1.0, "steps": 80}
+    prose[RETENTION] = 1.1 + (0.1 + 0.001 * table["seed"]) * table["comparisons"].ne("arm-full")
+    write_results(study, table, dict.fromkeys(arms, chosen), model="toy", task=task, learning_rate=1e-2, **prose)
+    along = pd.DataFrame({"run_id": table["run_id"], "step": 40, VALIDATION: 2.0, RETENTION: 1.1})
+    along.to_csv(results_folder(study) / "losses.csv", index=False)
 
 
 def test_a_gain_that_comes_late_moves_the_intrinsic_dimension_out_of_its_range() -> None:
@@ -224,7 +231,6 @@ def test_one_rule_judges_a_claim_in_every_world_that_has_run(there: float, said:
     write_losses({"r1": there, "full": 0.2}, study="pronunciation", task="words")
     found = judged()
     assert spoken_verdict(found) == said and " on toy, words (" in spoken_finding(found)
-    assert spoken_scope(found).startswith("toy on sums and words; SmolLM2-135M")
     assert not list(unexplained_changes([claims()["P50"]], [], [found]))
 
 
@@ -233,12 +239,6 @@ def test_the_figure_of_worlds_has_a_column_for_each_that_answers_and_is_for_two_
     said = []
     for study, losses in (("sums", {"full": 0.1}), ("pronunciation", {"full": 0.2, "r1": 0.3})):
         write_losses(losses, study=study, task=study)
-        table = pd.read_csv(results_folder(study) / "runs.csv")
-        more, learned = (0.1 + 0.001 * table["seed"]) * table["comparisons"].eq("arm-full"), table["method"].ne("none")
-        scores = {f"{RETENTION}_before": 1.0, RETENTION: 1.3 - more, VALIDATION: 3 - 2 * learned, "steps": 80}
-        table.assign(**scores).to_csv(results_folder(study) / "runs.csv", index=False)
-        along = table[["run_id"]].assign(**{"step": 40, VALIDATION: 2.0, RETENTION: 1.1})
-        along.to_csv(results_folder(study) / "losses.csv", index=False)
         results_folder(study).rename((Path("results/published") / study).absolute())
         said.append(show_worlds())
     assert said[0] == "" and "in toy, sums; in toy, pronunciation. The band is ±2.5 %" in said[1]
