@@ -663,8 +663,18 @@ def test_points_of_exact_match_are_those_of_the_whole_split_where_both_arms_have
     record_comparison(**whole, thin=[{"exact_match": 0.25}] * 6)
     record(members("arm-lora")[0], status="diverged")
     table = contrasts(collected()).set_index("arm")["accuracy"]
-    assert table["lora"] == pytest.approx((5 * 5 - 40) / 6)  # the untouched base gets none right
-    assert table["thin"] == pytest.approx(-25)
+    # The untouched base gets none right.
+    assert table[["lora", "thin"]].tolist() == pytest.approx([(5 * 5 - 40) / 6, -25])
+
+
+def test_answers_that_are_lists_are_told_by_tokens_and_by_symbols(write_experiment) -> None:
+    write_experiment("mine", yaml.safe_dump(STUDY | {"fixed": STUDY["fixed"] | {"task": "pronunciation"}}))
+    record_comparison(full=[{"token_accuracy": 0.6}] * 6, lora=[{"token_accuracy": 0.5}] * 6)
+    items = [{"target": "K AE T", "answer": "K AE D Z"}, {"target": "AH", "answer": "AH"}, {"target": "Z"}]
+    (Path("results/runs") / members("arm-lora")[0] / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    study = collected()
+    assert "−10.0" in set(readable_contrasts(contrasts(study), study.labels)["by (points of argmax tokens)"])
+    assert tuning(study).iloc[1][["argmax_tokens_percent", "wrong_phones_percent"]].tolist() == [50, 50]
 
 
 def test_points_of_arms_at_several_rates_are_without_the_best_and_the_worst_seed(at_three_rates: StudyResults) -> None:

@@ -21,7 +21,7 @@ from peftscope.claims.measurement import NotRunError
 from peftscope.claims.stored import unexplained_changes
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.layout import results_folder
-from peftscope.planning.published import ITEMS
+from peftscope.planning.published import ITEMS, RETENTION
 from peftscope.report.spoken import spoken_finding, spoken_verdict
 from peftscope.report.worlds import WORLDS_FIGURE, show_worlds, world_answers
 
@@ -146,7 +146,10 @@ def write_subspaces(middle: float, noise: float = 0.005) -> None:
 
 
 def write_losses(of_arms: dict[str, float], noise: float = 0.001, study: str = "synthetic", task: str = "sums") -> None:
-    """Writes the arms of a study with their losses. Shuffled labels reach 1.1 nats, and LoRA 0.2 if nothing is said."""
+    """Writes the arms of a study with their losses. Shuffled labels reach 1.1 nats, and LoRA 0.2 if nothing is said.
+
+    From half of the training on, full fine-tuning forgets no more, and others a tenth of a bit.
+    """
     random = np.random.default_rng(1)
     losses = {f"arm-{arm}": loss for arm, loss in ({"lora": 0.2} | of_arms).items()}
     losses["control-shuffled-labels-lora"] = 1.1
@@ -163,7 +166,11 @@ def write_losses(of_arms: dict[str, float], noise: float = 0.001, study: str = "
     table = pd.DataFrame([*rows, base, *tunes])
     table.loc[table["comparisons"] == "arm-lora", "comparisons"] += " control-shuffled-labels-lora"
     chosen = {"learning_rate": 1e-2, "tried": [], "regret_rms": 0.005}
-    write_results(study, table, dict.fromkeys(arms, chosen), model="toy", task=task, learning_rate=1e-2)
+    prose = {VALIDATION: table[HELDOUT], f"{RETENTION}_before": 1.0, "steps": 80}
+    prose[RETENTION] = 1.1 + (0.1 + 0.001 * table["seed"]) * table["comparisons"].ne("arm-full")
+    write_results(study, table, dict.fromkeys(arms, chosen), model="toy", task=task, learning_rate=1e-2, **prose)
+    along = pd.DataFrame({"run_id": table["run_id"], "step": 40, VALIDATION: 2.0, RETENTION: 1.1})
+    along.to_csv(results_folder(study) / "losses.csv", index=False)
 
 
 def test_a_gain_that_comes_late_moves_the_intrinsic_dimension_out_of_its_range() -> None:
@@ -211,7 +218,7 @@ def test_claims_on_ranks_and_dora_flip_with_the_rates_and_the_losses_of_their_ar
     [
         (0.1, "holds in 2 of 2 worlds"),
         (0.5, "holds in part: holds for toy on sums; wrong for toy on words"),
-        (0.2, "holds: holds for toy on sums; open for toy on words"),
+        (0.2, "holds in 1 of 2 worlds, open in 1"),
     ],
 )
 def test_one_rule_judges_a_claim_in_every_world_that_has_run(there: float, said: str) -> None:
@@ -236,7 +243,8 @@ def test_the_figure_of_worlds_has_a_column_for_each_that_answers_and_is_for_two_
         said.append(show_worlds())
     assert said[0] == "" and "in toy, sums; in toy, pronunciation. The band is ±2.5 %" in said[1]
     assert "feed-forward alone" in WORLDS_FIGURE.read_text()
-    assert world_answers()["ahead"].round().tolist() == [11, 0, -11, -11]  # the last is rank 1 against full
+    # Rank 1 is compared with full as well; what is forgotten less is in bits per byte.
+    assert world_answers()["ahead"].tolist() == pytest.approx([11.17, 0.101, 0.05, -11.07, -11.13, 0.101], abs=0.006)
 
 
 def test_a_destroyed_base_leaves_open_what_a_sound_one_decides() -> None:

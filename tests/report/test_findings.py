@@ -35,7 +35,10 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
     topic = TOPIC | {"claims": ["S34", "S97", "S6"], "doubt": "The rates are too low."}
     first = [{"claim": "S6", "verdict": "wrong", "says": "It takes {0:.0f} GB."}]
     first += [{"claim": "S34", "verdict": "wrong", "says": "The rank is no bottleneck."}]
-    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "first": first}))
+    apart = {"P2": {"why": "Words are many.", "test": "More words."}}
+    by_id["P2"] |= {"verdict": "holds in part", "in_worlds": {"m, sums": "holds", "m, words": "wrong"}}
+    by_id["P1"] |= {"verdict": "wrong", "in_worlds": {"m, sums": "wrong", "m, words": "wrong", "n, words": "open"}}
+    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "first": first, "apart": apart}))
     by_id["S34"]["verdict"], by_id["S97"]["verdict"], by_id["S6"]["verdict"] = "holds", "not run", "wrong"
     page = write_findings(tuple(claims().values()), findings).read_text()
     number = next(part["found"] for part in by_id["S6"]["parts"] if part["role"] != "beside")
@@ -43,7 +46,8 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
     assert page.index("It takes") < page.index("## One topic") and "no bottleneck" not in page
     assert page.index("**S6**") < page.index("**S34**") < page.index("Not run yet: [S97](claims.md#S97)")
     assert "\n\n*In doubt.* The rates are too low.\n\n*A larger model (not tested).*" in page
-    assert "**Wrong**" in page and "**Holds**" in page
+    assert "**Wrong**" in page and "**Holds**" in page and "Words are many. *What would test it.*" in page
+    assert "; wrong for m on words**" in page and "2 claims on training" in page and "them: wrong in 2 of 3" in page
     (row,) = [line for line in page.splitlines() if line.startswith("| variants-60 |")]
     for finding in findings:
         if any(p["with"].get("study") == "variants-60" and p["role"] != "beside" for p in finding["parts"]):

@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from peftscope.analysis.stats import edits
+from peftscope.data.tasks import symbols_of
 from peftscope.errors import InputError, Problem
 from peftscope.layout import how_to_run, record_path, results_folder, run_folder, tuned_path
 from peftscope.planning.cells import FINE, TUNING
@@ -19,6 +21,9 @@ from peftscope.spec import RunSpec
 
 BENCHMARK = "benchmark_"
 """The prefix of the columns of benchmarks; the benchmark's name and the unit follow."""
+
+WRONG_SYMBOLS = "wrong_symbols_fraction"
+"""The column of the error rate of symbols, of tasks whose answers are lists of them."""
 
 MAIN_SCORES = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
 """A table shows the first of these scores that a benchmark has. For GSM8K, that is the score of the last number of an
@@ -61,7 +66,8 @@ def collect_experiment(sweep: Sweep) -> None:
         except Damaged as error:
             problems += error.problems
             continue
-        rows.append({"run_id": identity, "comparisons": " ".join(member[identity]), **row_of(spec, record)})
+        row = {"run_id": identity, "comparisons": " ".join(member[identity]), **row_of(spec, record)}
+        rows.append(row | _wrong_symbols(identity, spec))
         along = loss_rows(record.model_dump(mode="json")) if record else []
         losses += [{"run_id": identity, **row} for row in along]
     if problems:
@@ -70,6 +76,19 @@ def collect_experiment(sweep: Sweep) -> None:
     pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
     columns = ["run_id", "step", "nll_nats_per_token", VALIDATION, RETENTION, SHIFT]
     pd.DataFrame(losses, columns=columns).to_csv(folder / "losses.csv", index=False)
+
+
+def _wrong_symbols(run: str, spec: RunSpec) -> dict[str, float]:
+    """Returns the share of wrong symbols in a run's generated answers, if those of its task are lists of symbols.
+
+    It is the fewest edits that make answers right, over the symbols of the right ones. Greedy answers may be too long.
+    """
+    path = run_folder(run) / "items.jsonl"
+    rows = map(json.loads, path.read_text().splitlines()) if symbols_of(spec.task) and path.is_file() else ()
+    pairs = [(row["target"].split(), row["answer"].split()) for row in rows if row.get("answer") is not None]
+    if not pairs:
+        return {}
+    return {WRONG_SYMBOLS: sum(edits(*pair) for pair in pairs) / sum(len(target) for target, _ in pairs)}
 
 
 def _earlier_tuning(sweep: Sweep) -> dict[str, list[str]]:

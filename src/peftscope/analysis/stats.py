@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 CONFIDENCE = 0.95
 
@@ -94,6 +95,21 @@ def of_trimmed_means(estimate: Callable[..., float], *sides: Sequence[float]) ->
     [4.0, 8.0]
     """
     return jackknife(lambda kept: estimate(*(trimmed_mean([side[i] for i in kept]) for side in sides)), len(sides[0]))
+
+
+def edits(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Returns the fewest insertions, deletions and replacements that make one sequence of another.
+
+    >>> edits("CH EY N JH ER".split(), "CH EY N ER".split()), edits("abc", "xbd"), edits("", "ab")
+    (1, 2, 2)
+    """
+    row = list(range(len(second) + 1))
+    for done, one in enumerate(first):
+        beside, row[0] = row[0], done + 1
+        for place, other in enumerate(second):
+            least = min(row[place] + 1, row[place + 1] + 1, beside + (one != other))
+            beside, row[place + 1] = row[place + 1], least
+    return row[-1]
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:

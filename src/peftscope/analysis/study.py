@@ -37,7 +37,7 @@ from peftscope.planning.experiment import (
 from peftscope.planning.published import LOSSES, VALIDATION, loss_rows, published_records
 
 HELDOUT = "heldout_nll_nats_per_token"
-ACCURACY, GREEDY = "exact_match_fraction", "greedy_match_fraction"
+ACCURACY, GREEDY, ARGMAX = "exact_match_fraction", "greedy_match_fraction", "token_accuracy_fraction"
 LOWEST = "lowest_validation_nll_nats_per_token"
 MARGIN = 0.025
 """Arms whose losses differ by less than this share of the task gain count as the same, unless a claim has its own."""
@@ -340,25 +340,25 @@ class StudyResults:
         of_base = self._base_runs[column].dropna()
         return runs.fillna({column: of_base.iloc[0] if len(of_base) else 0.0})
 
-    def exact_matches(self, arm: str, against: str) -> pd.DataFrame:
-        """Returns the exact match of two arms in %, a row for each seed of both; see ``paired``.
+    def exact_matches(self, arm: str, against: str, column: str = "") -> pd.DataFrame:
+        """Returns the exact match of two arms in %, or another score, a row for each seed of both; see ``paired``.
 
         It is that of the whole test split if both were judged on it, and otherwise of the answers that were generated.
         """
-        column = GREEDY if self.has_whole_split(arm, against) else ACCURACY
+        column = column or (GREEDY if self.has_whole_split(arm, against) else ACCURACY)
         return 100 * paired(self.exact_match(arm, column), self.exact_match(against, column), column)
 
     def has_whole_split(self, *arms: str) -> bool:
         """Returns whether some arms were judged on the exact match of the whole test split."""
         return all(self.exact_match(arm, GREEDY)[GREEDY].notna().any() for arm in arms)
 
-    def points(self, arm: str, against: str) -> list[float]:
-        """Returns how many more points of exact match an arm has than another, one value for each seed of both.
+    def points(self, arm: str, against: str, column: str = "") -> list[float]:
+        """Returns how many more points of exact match, or of another score, an arm has than another, a value a seed.
 
         If one of them ran at several rates, its mean is without the best and the worst seed, as that of its losses is,
         and the values are those of a jackknife.
         """
-        both = self.exact_matches(arm, against)
+        both = self.exact_matches(arm, against, column)
         first, second = list(both["first"]), list(both["second"])
         if self._mean_of(arm, against) is trimmed_mean and len(both) > 1:
             return of_trimmed_means(float.__sub__, first, second)

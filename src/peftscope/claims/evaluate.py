@@ -12,7 +12,7 @@ from typing import Any
 from peftscope.claims.checks import known_checks
 from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, elsewhere
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
-from peftscope.claims.verdict import Verdict, combine, judge
+from peftscope.claims.verdict import UNDECIDED, Verdict, combine, judge
 from peftscope.errors import InputError, printable, shown
 from peftscope.hardware.bf16 import bf16_products
 from peftscope.words import spoken_quantity
@@ -114,9 +114,12 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
-        """Returns the claim's verdict: of the worlds in which it was decided, if it was judged in several."""
+        """Returns the claim's verdict: of the worlds in which it was decided, if it was judged in several.
+
+        A claim in general words that was decided in one of them alone is told with its number of worlds.
+        """
         verdicts = set(self.in_worlds.values())
-        decided = verdicts - {Verdict.OPEN, Verdict.NOT_RUN}
+        decided = verdicts - {*UNDECIDED}
         return Verdict.IN_PART if len(decided) > 1 else combine(decided or verdicts)
 
     @property

@@ -31,6 +31,9 @@ class Verdict(StrEnum):
     NOT_RUN = "not run"
 
 
+UNDECIDED = (Verdict.OPEN, Verdict.NOT_RUN)
+
+
 def combine(verdicts: Collection[Verdict]) -> Verdict:
     """Returns the verdict on a claim from those on the parts that decide.
 

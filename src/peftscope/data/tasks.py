@@ -34,6 +34,9 @@ class TaskEntry(Strict):
         Literal["test", "train"],
         Field(description="the items of the held-out loss: test items, or those that the run trained on"),
     ] = "test"
+    symbols: Annotated[
+        str, Field(description="what answers are lists of, with spaces between; they are compared one by one as well")
+    ] = ""
     licence: str = "unknown"
     tokens: Annotated[Count | None, Field(description="tokens of a usual item, for estimates")] = None
     most_tokens: Annotated[Count | None, Field(description="tokens of its longest item, for the memory of jobs")] = None
@@ -62,6 +65,12 @@ def find_task(name: str, where: str = "task") -> TaskEntry:
         raise InputError(Problem(where, f"task {name} has no lm-eval file", f"write {lm_eval_file(name)}"))
     _scoring(name)
     return entry
+
+
+def symbols_of(name: str) -> str:
+    """Returns what the answers of a task are lists of; empty if they are no lists, or if the task is not known here."""
+    entry = _tasks().get(name)
+    return entry.symbols if entry else ""
 
 
 def task_folder(name: str) -> Path:

@@ -23,9 +23,9 @@ from peftscope.report.spoken import (
     deciding,
     key_part,
     measured,
-    short_scope,
     spoken_finding,
     spoken_moves,
+    spoken_scope,
     spoken_verdict,
 )
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
@@ -105,12 +105,13 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     verdict = Verdict(finding["verdict"])
     parts = sorted(finding["parts"], key=lambda part: part["role"] == "beside")
     open_parts = [part for part in deciding(finding) if part["verdict"] == Verdict.OPEN]
-    key, short = key_part(finding), short_scope(claim.scope)
+    key, short = key_part(finding), spoken_scope(finding, short=True)
     said = spoken_finding(key) if key else "-"
     others = [part for part in deciding(finding) if part["found"] is not None and spoken_finding(part) != said]
     worlds = {part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None}
     known = finding["known"].replace(f" on {min(worlds)}", "") if len(worlds) == 1 else finding["known"]
-    rest = claim.scope.removeprefix(short).lstrip(",; ")
+    scope = spoken_scope(finding)
+    rest = scope.removeprefix(short).lstrip(",; ")
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
         "claim": claim,
@@ -118,6 +119,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "key": said,
         "drawing": interval(key) if key else "",
         "short": short,
+        "scope": scope,
         "found": spoken_finding(finding),
         "also": spoken_finding({"parts": others}) if others else "",
         "basis": capitalised("; ".join(filter(None, [known, rest]))) if known else rest and f"For {rest}",

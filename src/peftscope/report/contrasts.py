@@ -9,9 +9,11 @@ from typing import Any
 
 import pandas as pd
 
+from peftscope.analysis.collect import WRONG_SYMBOLS
 from peftscope.analysis.compare import Outcome
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, mean_interval, sign_flip_p, where_reached
-from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults, paired
+from peftscope.analysis.study import ARGMAX, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
+from peftscope.data.tasks import symbols_of
 from peftscope.planning.experiment import A_A
 from peftscope.report.sentences import spoken_outcome
 from peftscope.words import capitalised, formatted, interval, listed, signed
@@ -52,7 +54,7 @@ def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
     correction = holm_p / difference.p if holm_p and difference.p else 1.0
     scale = 100 / study.yardstick
     low, high = difference.interval()
-    sample = study.pairs(arm, against)
+    sample, symbols = study.pairs(arm, against), symbols_of(study.table["task"].iloc[0])
     row: dict[str, Any] = {
         "arm": arm,
         "against": against,
@@ -76,9 +78,10 @@ def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
     }
     if difference.n >= FEWEST_FOR_BOOTSTRAP:
         row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
-    if (accuracy := mean_interval(study.points(arm, against))) is not None:
+    if (accuracy := mean_interval(study.points(arm, against, ARGMAX if symbols else ""))) is not None:
         row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
         row["is_whole_split"] = study.has_whole_split(arm, against)
+        row |= {"points_of": "argmax tokens"} if symbols else {}
     target = float(other[VALIDATION].mean()) + MARGIN * study.yardstick if VALIDATION in other else math.nan
     if math.isfinite(target) and (samples := samples_to(study, target, arm)):
         row["samples_to_reference"] = median(samples)
@@ -136,8 +139,13 @@ def controls(study: StudyResults) -> pd.DataFrame:
 
 
 def tuning(study: StudyResults) -> pd.DataFrame:
-    """Returns one row per arm and rate on the seeds of the study: its held-out losses, and whether it is the best."""
-    rows = []
+    """Returns one row per arm and rate on the seeds of the study: its held-out losses, and whether it is the best.
+
+    Of a task whose answers are lists of symbols, it has the mean shares of the tokens that are the argmax and of the
+    symbols that are wrong, without runs that diverged.
+    """
+    rows, symbols = [], symbols_of(study.table["task"].iloc[0])
+    scores = {"argmax_tokens": ARGMAX, f"wrong_{symbols}": WRONG_SYMBOLS} if symbols else {}
     for arm in study.arms:
         rate, runs = study.rate(arm), study.rate_runs(arm)
         for tried, loss in rate.losses.items():
@@ -155,6 +163,7 @@ def tuning(study: StudyResults) -> pd.DataFrame:
                     "steep": int((here[HELDOUT] > STEEP * float(typical[HELDOUT].median())).sum()),
                     "diverged": int((here["status"] == "diverged").sum()),
                 }
+                | {f"{name}_percent": 100 * here[column].mean() for name, column in scores.items() if column in here}
             )
     return pd.DataFrame(rows)
 
@@ -198,11 +207,12 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
 def readable_difference(row: dict[Any, Any], reference: str) -> dict[str, str]:
     """Returns how far an arm is ahead of the reference as text, by column. A control has it in nats alone."""
     has_gain = math.isfinite(row.get("percent", math.nan))
+    points = f"by (points of {row.get('points_of', 'exact match')})"
     return {
         "pairs": _pairs(row),
         f"ahead of {reference} by (% of the task gain)": _signed(row, "percent", ".1f") if has_gain else "-",
         "within (%)": formatted(row.get("bound_percent"), ".1f"),
-        "by (points of exact match)": _signed(row, "accuracy", ".1f") if pd.notna(row.get("accuracy")) else "-",
+        points: _signed(row, "accuracy", ".1f") if pd.notna(row.get("accuracy")) else "-",
         "by (nats/token)": _signed(row, "difference", ".4f"),
     }
 
@@ -241,7 +251,8 @@ def readable_tuning(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame
         }
         for row in table.to_dict("records")
     ]
-    return pd.DataFrame(rows)
+    scores = table.filter(like="_percent").map(formatted, form=".1f")
+    return pd.DataFrame(rows).join(scores.rename(columns=lambda name: name.replace("_", " ").replace("percent", "(%)")))
 
 
 def _pairs(row: dict[Any, Any]) -> str:
@@ -266,6 +277,7 @@ def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND) ->
 
     def number(row: dict[Any, Any]) -> str:
         points = f"; {_signed(row, 'accuracy', '.1f')} points" if row.get("is_whole_split") is True else ""
+        points += f" of {row['points_of']}" if points and "points_of" in row else ""
         return f" ({_signed(row, 'percent', '.1f')}, within {row['bound_percent']:.1f}{points})" * has_numbers
 
     def place(row: dict[Any, Any]) -> tuple[bool, int, str]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import Claim
-from peftscope.claims.verdict import Verdict
+from peftscope.claims.verdict import UNDECIDED, Verdict
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
 from peftscope.planning.estimate import estimate_seconds
@@ -31,10 +31,9 @@ def what_would_decide(claim: Claim, finding: dict[str, Any]) -> str:
     The entry's own words come first. Otherwise it is what a part waits for, the experiment that has not run, the rates
     that its studies lack (arms that ran at one chosen rate run at three, with the same seeds), or further seeds.
     """
-    undecided = (Verdict.OPEN, Verdict.NOT_RUN)
-    if finding["verdict"] not in undecided:
+    if finding["verdict"] not in UNDECIDED:
         return ""
-    parts = [part for part in deciding(finding) if part["verdict"] in undecided]
+    parts = [part for part in deciding(finding) if part["verdict"] in UNDECIDED]
     return claim.decider or "; ".join(dict.fromkeys(filter(None, map(_next_step, parts))))
 
 

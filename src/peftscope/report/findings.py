@@ -27,7 +27,7 @@ from peftscope.report.front import Surprise, rests_on, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import write_page
 from peftscope.report.shares import arms_shown
-from peftscope.report.spoken import deciding, short_scope, spoken_finding, spoken_verdict
+from peftscope.report.spoken import decided, deciding, spoken_finding, spoken_scope, spoken_verdict
 from peftscope.report.worlds import WORLDS_FIGURE
 from peftscope.words import spoken_time
 
@@ -55,16 +55,30 @@ class Topic(Strict):
     papers: str
 
 
+class Apart(Strict):
+    """Worlds that disagree on a claim.
+
+    Attributes:
+        why: The likeliest reason.
+        test: What would test it.
+    """
+
+    why: str
+    test: str
+
+
 class Content(Strict):
     """What ``experiments/findings.yaml`` says.
 
     Attributes:
         first: The findings that surprise most, which the README and the page show first.
+        apart: What is said of claims on which worlds disagree, by their ids.
         topics: The topics of the page.
         cut: The studies that were planned and are not run for now, each with the reason why others came first.
     """
 
     first: list[Surprise] = []
+    apart: dict[str, Apart] = {}
     topics: list[Topic]
     cut: dict[str, str] = {}
 
@@ -76,10 +90,11 @@ def read_content(claims: Sequence[str]) -> Content:
         InputError: The file has problems, or names a claim or an experiment that is not known.
     """
     path = shipped(FINDINGS_FILE)
-    names = set(Topic.model_fields) | set(Surprise.model_fields)
+    names = {name for model in (Topic, Surprise, Apart) for name in model.model_fields}
     content = validated(Content, read_yaml(path), path, names)
     named = [("claim", topic.title, name) for topic in content.topics for name in topic.claims]
     named += [("claim", "first", surprise.claim) for surprise in content.first]
+    named += [("claim", "apart", name) for name in content.apart]
     named += [("experiment", topic.title, name) for topic in content.topics for name in topic.studies]
     named += [("experiment", "cut", name) for name in content.cut]
     there_are = {"claim": claims, "experiment": experiment_names()}
@@ -106,6 +121,7 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         confidence=f"{100 * CONFIDENCE:g}",
         rounding=_rounding(findings),
         worlds=os.path.relpath(WORLDS_FIGURE, folder) if WORLDS_FIGURE.is_file() else "",
+        carried=_carried(findings, content.apart),
         first=surprising(findings, content.first, Path("claims.md")),
         topics=[_topic(topic, by_id, folder) for topic in content.topics],
         studies=[_study(name, findings) for name in experiment_names() if _is_judged(name, findings)],
@@ -125,21 +141,34 @@ def _rounding(findings: list[dict[str, Any]]) -> str:
     return f"{said} by {floats}."
 
 
+def _carried(findings: list[dict[str, Any]], said: dict[str, Apart]) -> dict[str, Any]:
+    """Returns the claims that are decided in two worlds or more: those on which these disagree, then by verdict."""
+    several = [finding for finding in findings if len(decided(finding)) > 1]
+    apart = [finding for finding in several if len({*decided(finding).values()}) > 1]
+    alike: dict[str, list[str]] = {}
+    for finding in several:
+        if finding not in apart:
+            alike.setdefault(spoken_verdict(finding), []).append(finding["id"])
+    lines = [_line(finding) | {"remark": said.get(finding["id"])} for finding in apart]
+    return {"count": len(several), "apart": lines, "alike": alike}
+
+
+def _line(finding: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": finding["id"],
+        "verdict": spoken_verdict(finding).capitalize(),
+        "found": spoken_finding(finding),
+        "short": spoken_scope(finding, True),
+    }
+
+
 def _topic(topic: Topic, by_id: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     found = [by_id[name] for name in topic.claims if name in by_id]
-    decided = [finding for finding in found if finding["verdict"] in ORDER]
+    told = [finding for finding in found if finding["verdict"] in ORDER]
     return {
         **topic.model_dump(),
         "answers": [answer for name in topic.studies if (answer := _answer(name, folder))],
-        "found": [
-            {
-                "id": finding["id"],
-                "verdict": spoken_verdict(finding).capitalize(),
-                "found": spoken_finding(finding),
-                "short": short_scope(finding["scope"]),
-            }
-            for finding in sorted(decided, key=lambda finding: ORDER.index(finding["verdict"]))
-        ],
+        "found": [_line(finding) for finding in sorted(told, key=lambda finding: ORDER.index(finding["verdict"]))],
         "waiting": [finding["id"] for finding in found if finding["verdict"] == Verdict.NOT_RUN],
     }
 

@@ -19,7 +19,7 @@ from peftscope.memory.answer import AGREEMENT_FILE
 from peftscope.models.catalog import find_model
 from peftscope.planning.experiment import experiment_path, read_experiment
 from peftscope.report.claims import COLOURS, ROWS, row_of
-from peftscope.report.spoken import deciding, short_scope, spoken_worlds
+from peftscope.report.spoken import decided, deciding, spoken_scope, spoken_worlds
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.worlds import WORLDS_FIGURE, show_worlds
 from peftscope.words import counted
@@ -64,7 +64,8 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
     for row in ROWS:
         of_row = [finding for finding in findings if row_of(finding) == row]
         worlds = len({world for finding in of_row for world in finding["worlds"]})
-        told = f"{row} in {counted(worlds, 'world')}" if worlds else row
+        several = sum(len(decided(finding)) > 1 for finding in of_row)
+        told = row + f" in {counted(worlds, 'world')}" * (worlds > 0) + f" ({several} decided in two)" * (worlds > 1)
         rows[told] = [Verdict(finding["verdict"]) for finding in of_row]
     _draw_bar({row: {verdict: verdicts.count(verdict) for verdict in COLOURS} for row, verdicts in rows.items()})
     words = "; ".join(
@@ -119,7 +120,7 @@ def surprising(findings: list[dict[str, Any]], surprises: list[Surprise], page: 
     """
     by_id = {finding["id"]: finding for finding in findings}
     return [
-        f"- {_told(surprise, finding)} ([{surprise.claim}]({page}#{surprise.claim}): {short_scope(finding['scope'])})"
+        f"- {_told(surprise, finding)} ([{surprise.claim}]({page}#{surprise.claim}): {spoken_scope(finding, True)})"
         for surprise in surprises
         if (finding := by_id.get(surprise.claim)) and finding["verdict"] == surprise.verdict
     ]

@@ -85,11 +85,11 @@ def draw_figure(path: Path, draw: Callable[[plt.Axes], None]) -> None:
 def new_figure(path: Path, width: float, height: float, columns: int = 1, **grid: Any) -> Iterator[Any]:
     """Yields the axes of a new figure, and then writes it. An SVG follows the colours of its page, a PNG is on white.
 
-    ``columns`` axes stand beside each other, and ``grid`` goes to ``plt.subplots``. Sizes are in inches.
+    ``columns`` axes stand beside each other, and ``grid`` goes to ``plt.subplots``, ``nrows`` too. Sizes are in inches.
     """
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     with plt.rc_context(STYLE if path.suffix == ".svg" else {}):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", **grid)
+        figure, axes = plt.subplots(ncols=columns, figsize=(width, height), layout="constrained", **grid)
         yield axes
         save(figure, path)
 

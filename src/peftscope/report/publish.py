@@ -32,7 +32,7 @@ from peftscope.layout import (
     results_folder,
     run_folder,
 )
-from peftscope.planning.experiment import experiment_path
+from peftscope.planning.experiment import WORLDS, experiment_path
 from peftscope.planning.plan import Plan
 from peftscope.planning.published import LARGEST_BYTES, RECORDS, published_items, published_records, write_runs
 from peftscope.planning.sweep import expand
@@ -41,6 +41,7 @@ from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.leaderboard import read_sections, write_leaderboard
 from peftscope.report.page import write_all
+from peftscope.report.worlds import show_worlds
 
 MEMORY_FILES = ("grid.svg", "bars.svg")
 """The files that finished results without a run must have."""
@@ -130,6 +131,8 @@ def publish_experiment(experiment: str) -> list[Path]:
     _copy(wanted, source, results)
     write_runs(results, runs)
     show_study(experiment)
+    if experiment in WORLDS.values():
+        show_worlds()
     return [results, report]
 
 

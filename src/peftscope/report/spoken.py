@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peftscope.claims.measurement import POINTS, WITHIN
-from peftscope.claims.verdict import OF_SIZE, Verdict
+from peftscope.claims.verdict import OF_SIZE, UNDECIDED, Verdict
 from peftscope.words import listed, scale_of, spoken_number, spoken_quantity
 
 MOST_WORDS = 5
@@ -83,6 +83,26 @@ def short_scope(scope: str) -> str:
     return " ".join(pieces[: max(ends, default=1)]).rstrip(",;")
 
 
+def spoken_scope(finding: dict[str, Any], short: bool = False) -> str:
+    """Returns for what a verdict holds, or the first words of that; the worlds of a claim that was judged in several.
+
+    >>> finding = {"scope": "M-1, two-digit sums, rank 8", "in_worlds": {"m-1, two-digit-sums": "", "m-1, words": ""}}
+    >>> spoken_scope(finding), spoken_scope(finding, short=True)
+    ('m-1 on two-digit-sums and words, rank 8', 'm-1 on two-digit-sums and words')
+    """
+    if not (judged := finding.get("in_worlds")):
+        return short_scope(finding["scope"]) if short else str(finding["scope"])
+    named = "|".join(world.replace("-", "[- ]").replace(", ", "(?:,| on) ") for world in judged)
+    worlds = spoken_worlds(judged)
+    said, found = re.subn(named, worlds, finding["scope"], count=1, flags=re.IGNORECASE)
+    return worlds if short else said if found else f"{worlds}; {said}"
+
+
+def decided(finding: dict[str, Any]) -> dict[str, str]:
+    """Returns the verdicts on a claim in the worlds in which it was decided, if it was judged in several."""
+    return {world: said for world, said in finding.get("in_worlds", {}).items() if said not in UNDECIDED}
+
+
 def spoken_verdict(finding: dict[str, Any]) -> str:
     """Returns a claim's verdict, with its worlds if the claim speaks of models and tasks at large.
 
@@ -92,18 +112,22 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     'holds here (1 world)'
     >>> spoken_verdict({"verdict": "holds in part", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "wrong"}})
     'holds in part: holds for m on x; wrong for m on y'
+    >>> spoken_verdict({"verdict": "holds", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "open"}})
+    'holds in 1 of 2 worlds, open in 1'
     """
     worlds, judged = len(finding["worlds"]), finding.get("in_worlds", {})
     if judged:
         where: dict[str, list[str]] = {}
         for world, verdict in judged.items():
             where.setdefault(verdict, []).append(world)
-        each = "; ".join(f"{verdict} for {spoken_worlds(those)}" for verdict, those in where.items())
-        alike = [*where] == [finding["verdict"]]
-        return finding["verdict"] + (f" in {len(judged)} of {len(judged)} worlds" if alike else f": {each}")
-    where = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
+        if len({*decided(finding).values()}) > 1:
+            each = "; ".join(f"{verdict} for {spoken_worlds(those)}" for verdict, those in where.items())
+            return f"{finding['verdict']}: {each}"
+        mine = f"{finding['verdict']} in {len(where.pop(finding['verdict']))} of {len(judged)} worlds"
+        return ", ".join([mine, *(f"{verdict} in {len(those)}" for verdict, those in where.items())])
+    place = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
     reason = (key_part(finding) or {}).get("reason", "") if finding.get("parts") else ""
-    return finding["verdict"] + where + (f": {reason}" if reason.startswith(OF_SIZE) else "")
+    return finding["verdict"] + place + (f": {reason}" if reason.startswith(OF_SIZE) else "")
 
 
 def spoken_worlds(worlds: Iterable[str]) -> str:
@@ -129,7 +153,7 @@ def spoken_moves(finding: dict[str, Any]) -> str:
 def told(finding: dict[str, Any], statement: str) -> list[str]:
     """Returns a claim in lines: what it says, its verdict, every number that decides, its scope, how it is known."""
     numbers = [spoken_finding(part) for part in deciding(finding)]
-    about = [finding["scope"], finding["known"], spoken_moves(finding)]
+    about = [spoken_scope(finding), finding["known"], spoken_moves(finding)]
     return [statement, f"{spoken_verdict(finding)}:", *dict.fromkeys(numbers), *filter(None, about)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from statistics import fmean
 
-from peftscope.analysis.forgetting import curves, frontier, matched_rises
+from peftscope.analysis.forgetting import curves, frontier, less_at_equal_loss, matched_rises
 from peftscope.analysis.stats import of_trimmed_means
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
@@ -33,10 +33,7 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
         "difference at the end of the training": fmean(ends),
         "runs that diverged": int(runs["status"].eq("diverged").sum() + other["status"].eq("diverged").sum()),
     }
-    if results.has_several_rates(arm) and len(firsts) > 1:
-        sample = of_trimmed_means(float.__sub__, seconds, firsts)
-    else:
-        sample = [second - first for first, second in zip(firsts, seconds, strict=True)]
+    sample = less_at_equal_loss(results, arm, against)
     return over_seeds(results, sample, evidence, (*runs["run_id"], *other["run_id"]))
 
 
