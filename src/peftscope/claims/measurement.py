@@ -41,8 +41,8 @@ class Measurement:
         spoiled_by: Why the value says nothing about the claim, which leaves the verdict open; empty if it does.
         contributed: Whether it was measured on a card of others, for want of one of ours.
         p_adjusted: The p of a difference after correction for all comparisons of its study; None without one.
-        matters: The smallest difference that matters, in the claim's unit; 0 where none was declared before the runs, as
-            between arms at one rate each.
+        matters: The smallest difference that matters, in the claim's unit; 0 where none was declared before the runs,
+            as between arms at one rate each.
     """
 
     value: Quantity
