@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from peftscope.data.sources import SHOWN_LINES, Item
+from peftscope.data.sources import Item
 from peftscope.errors import InputError, Problem
+from peftscope.files.content import SHOWN_LINES
 
 IGNORED = -100
 """The label of positions that carry no loss, as in torch and transformers."""
