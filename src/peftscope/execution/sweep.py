@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftscope.errors import InputError, Problem
-from peftscope.execution.inputs import inputs
 from peftscope.execution.job import lacks_kept
 from peftscope.execution.pace import run_seconds
 from peftscope.files.storage import STORAGE_CODE
 from peftscope.layout import run_folder
+from peftscope.planning.checks import inputs
 from peftscope.planning.disk import check_disk
 from peftscope.planning.plan import Plan, plan_experiment
 from peftscope.planning.sweep import Sweep

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from peftscope.hardware.device import Device
 from peftscope.planning.experiment import A_A_SHIFT, Entrant, Experiment, Study
 
 
@@ -26,6 +27,16 @@ class Cell:
     varies: set[str]
     values: dict[str, Any]
     origins: dict[str, str] = field(default_factory=dict)
+
+
+def plain_cells(experiment: Experiment, device: Device) -> Iterator[Cell]:
+    """Yields the cells of an experiment on a device, but for those of a study."""
+    yield from listed_cells(experiment.runs, "runs", experiment.seeds[0])
+    if experiment.axes or experiment.linked or not (experiment.runs or experiment.ladders or experiment.study):
+        yield from grid_cells(experiment)
+    yield from ladder_cells(experiment)
+    if device == "cuda":
+        yield from listed_cells(experiment.card_runs, "card_runs", experiment.seeds[0])
 
 
 def count_cells(experiment: Experiment) -> int:
@@ -48,11 +59,11 @@ def count_cells(experiment: Experiment) -> int:
     return count
 
 
-def listed_cells(experiment: Experiment, key: Literal["runs", "card_runs"] = "runs") -> Iterator[Cell]:
-    """Yields the cells of ``runs``, or of ``card_runs``: each one as it stands."""
-    for index, values in enumerate(getattr(experiment, key)):
+def listed_cells(runs: Sequence[dict[str, Any]], key: str, seed: int) -> Iterator[Cell]:
+    """Yields the cells of runs that an experiment lists under a key: each one as it stands."""
+    for index, values in enumerate(runs):
         origins = {name: f"{key}[{index}].{name}" for name in values}
-        yield Cell(key, set(values), {"seed": experiment.seeds[0], **values}, origins)
+        yield Cell(key, set(values), {"seed": seed, **values}, origins)
 
 
 def grid_cells(experiment: Experiment) -> Iterator[Cell]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 
-from peftscope.data.benchmarks import benchmark_folder, find_benchmark
+from peftscope.data.benchmarks import benchmark_resource, find_benchmark
 from peftscope.data.sources import JsonlSource
-from peftscope.data.tasks import find_task, source_change, task_folder
+from peftscope.data.tasks import find_task, source_change, task_folder, task_resource
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.manifest import how_to_change, is_source_of, read_manifest
+from peftscope.files.resource import Resource
 from peftscope.hardware.device import find_compiler
 from peftscope.layout import MODELS_FILE, TASKS_FILE
 from peftscope.models.catalog import find_model, model_folder
+from peftscope.models.fetch import model_resource
 from peftscope.planning.disk import check_disk
 from peftscope.planning.starts import check_starts
 from peftscope.spec import RunSpec, run_id
@@ -31,7 +33,7 @@ def check_runs(runs: dict[str, RunSpec], where: str) -> list[Problem]:
                 problems.append(Problem(f"{where}: train_items", message, "give a number, at most heldout_items"))
             shape = find_model(spec.model, f"{where}: model").shape
             for name in spec.benchmarks:
-                if not (benchmark_folder(name) / "manifest.json").is_file():
+                if not benchmark_resource(name).is_there():
                     find_benchmark(name, f"{where}: benchmarks")
         except InputError as error:
             problems += error.problems
@@ -66,17 +68,20 @@ def check_compiler(runs: dict[str, RunSpec]) -> list[Problem]:
     ]
 
 
+def inputs(spec: RunSpec) -> list[Resource]:
+    """Returns the folders that a run reads: its base model, its task, its benchmarks."""
+    benchmarks = [benchmark_resource(name) for name in spec.benchmarks]
+    return [model_resource(spec.model, spec.revision), task_resource(spec.task), *benchmarks]
+
+
 def check_fetched(spec: RunSpec) -> list[Problem]:
     """Returns what a run needs and was not fetched or made."""
-    needed = [
-        ("model", spec.model, model_folder(spec.model, spec.revision), "fetch"),
-        ("task", spec.task, task_folder(spec.task), "make-task"),
-        *(("benchmarks", name, benchmark_folder(name), "make-benchmark") for name in spec.benchmarks),
-    ]
+    needed = [("model", spec.model, "fetch"), ("task", spec.task, "make-task")]
+    needed += [("benchmarks", name, "make-benchmark") for name in spec.benchmarks]
     return [
-        Problem(field, f"{name} is not in {folder}", f"run `peftscope {command} {name}`")
-        for field, name, folder, command in needed
-        if not (folder / "manifest.json").is_file()
+        Problem(field, f"{name} is not in {resource.folder}", f"run `peftscope {command} {name}`")
+        for (field, name, command), resource in zip(needed, inputs(spec), strict=True)
+        if not resource.is_there()
     ]
 
 
