@@ -19,13 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem, shown
 from peftscope.memory.answer import Answer, Peaks, answer_of, peaks_of
-from peftscope.memory.as_on_cuda import (
-    as_on_cuda,
-    dequantised_bytes,
-    drop_as_on_cuda,
-    fuse_loss,
-    grouped_products,
-)
+from peftscope.memory.as_on_cuda import as_on_cuda, dequantised_bytes, drop_as_on_cuda, fuse_loss, grouped_products
 from peftscope.memory.beside import Beside
 from peftscope.memory.depths import peaks_by_depth, with_a_second_step
 from peftscope.memory.empty import (

@@ -208,11 +208,7 @@ class Tape:
         return output
 
     def record(
-        self,
-        inputs: Sequence[Shaped],
-        outputs: Sequence[Shaped],
-        backward: Backward | None,
-        saves: Sequence[Any] = (),
+        self, inputs: Sequence[Shaped], outputs: Sequence[Shaped], backward: Backward | None, saves: Sequence[Any] = ()
     ) -> None:
         """Records an operation and its outputs on the tape if any input needs a gradient."""
         if not self.training:

@@ -200,7 +200,7 @@ def _train(model: TapedModel) -> Trace:
 def _states_of(model: TapedModel, trained: list[Shaped]) -> list[Shaped]:
     """Returns what the first optimizer step makes and keeps."""
     states: list[Shaped] = []
-    if model.optimizer != "own":
+    if model.beside.optimizer_states != "own":
         for weight in trained:
             states += [_state(model, weight, width, STATES, dims) for dims, width in _other(model, weight)[0]]
     elif model.spec.optimizer != "sgd":
@@ -214,7 +214,7 @@ def _states_of(model: TapedModel, trained: list[Shaped]) -> list[Shaped]:
 def _optimize(model: TapedModel, trained: list[Shaped]) -> None:
     """Stands for what ``optimizer.step`` takes for itself; bitsandbytes and fused implementations take nothing."""
     tape, spec = model.tape, model.spec
-    if model.optimizer != "own":
+    if model.beside.optimizer_states != "own":
         for weight in trained:
             copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for shape in _other(model, weight)[1]]
             copies.clear()
@@ -237,7 +237,7 @@ def _optimize(model: TapedModel, trained: list[Shaped]) -> None:
 
 def _other(model: TapedModel, weight: Shaped) -> tuple[Tensors, Tensors]:
     in_layer = weight.node.name.startswith("layers.")
-    return states_of(model.optimizer, weight.dims, weight.width, model.sizes, layer=in_layer)
+    return states_of(model.beside.optimizer_states, weight.dims, weight.width, model.sizes, layer=in_layer)
 
 
 STATES = "first and second moments"
