@@ -80,7 +80,7 @@ def grid_cells(experiment: Experiment) -> Iterator[Cell]:
         factors.append([({"seed": seed}, {"seed": f"seeds[{i}]"}) for i, seed in enumerate(experiment.seeds)])
     varies = {key for factor in factors for values, _ in factor for key in values}
     if "method" in varies:
-        varies |= _method_settings(experiment)
+        varies.update(*experiment.methods.values())
     for parts in itertools.product(*factors):
         values, origins = {}, {}
         for part, places in parts:
@@ -98,10 +98,6 @@ def ladder_cells(experiment: Experiment) -> Iterator[Cell]:
                 origins = {**centre, key: f"ladders[{n}].axes.{key}[{i}]"}
                 for seed in ladder.seeds or experiment.seeds:
                     yield Cell(f"ladder-{n}-{key}", {key}, {"seed": seed, **ladder.centre, key: step}, origins)
-
-
-def _method_settings(experiment: Experiment) -> set[str]:
-    return {key for settings in experiment.methods.values() for key in settings}
 
 
 TUNING = "tune-"
@@ -152,7 +148,7 @@ def _seeded(entrant: Entrant) -> set[str]:
 def arm_cells(experiment: Experiment, study: Study, rates: dict[str, float | None]) -> Iterator[Cell]:
     """Yields what a study compares: each arm whose rate was chosen, and beside it its controls."""
     varies = {"learning_rate", *(key for fields in study.arms.values() for key in fields)}
-    varies |= _method_settings(experiment) | ({"init_seed"} if study.a_a else set())
+    varies.update(*experiment.methods.values(), ["init_seed"] if study.a_a else [])
     for entrant in study.entrants:
         rate = rates[entrant.name]
         for values in _pair_values(study, entrant, rate) if rate is not None else ():

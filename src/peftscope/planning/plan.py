@@ -19,10 +19,9 @@ from peftscope.hardware.device import Device, detect_device
 from peftscope.layout import record_path, run_folder, tuned_path
 from peftscope.models.catalog import model_folder
 from peftscope.planning.cells import ARM, RATES
-from peftscope.planning.checks import check_compiler, check_runs, check_unchanged, inputs
+from peftscope.planning.checks import check_compiler, check_runs, check_starts, check_unchanged, inputs
 from peftscope.planning.disk import check_disk
 from peftscope.planning.experiment import experiment_path
-from peftscope.planning.starts import check_starts
 from peftscope.planning.sweep import ROUNDS, Sweep, expand, runs_to_choose_from
 from peftscope.record import measured_path
 from peftscope.spec import RunSpec

@@ -92,7 +92,7 @@ class Fit:
 def known_methods(names: str | None) -> list[str]:
     """Returns the methods of a comma-separated list, or all that train and have a closed form if the list is empty.
 
-    A method without one takes as long to simulate as all others together; ``not_searched`` names them.
+    A method without one takes as long to simulate as all others together.
 
     Raises:
         InputError: A method is unknown.
@@ -107,11 +107,6 @@ def known_methods(names: str | None) -> list[str]:
             Problem("methods", f"unknown method (got {name!r})", close_match(name, trained)) for name in unknown
         )
     return chosen
-
-
-def not_searched() -> list[str]:
-    """Returns the methods that train and have no closed form."""
-    return [name for name, method in METHODS.items() if method.trains and not method.closed_form]
 
 
 def fit_methods(

@@ -100,6 +100,7 @@ SAVINGS = (
 )
 """Rows of other savings, which trainers built on transformers share."""
 
+AXOLOTL_EVALUATION = "val_set_size test_datasets"
 ROUTERS = "the loss of the routers, a few bytes a token and expert, is left out"
 AXOLOTL_ROWS = (
     Row("model", "base_model", read=keys.read_model),
@@ -114,14 +115,7 @@ AXOLOTL_ROWS = (
     Row("seq_len", "sequence_len", 512, f"sequence_len of {SCHEMAS}"),
     Row("batch_size", "micro_batch_size", 1, SCHEMAS),
     Row("gradient_accumulation", "gradient_accumulation_steps", 1, SCHEMAS),
-    Row(
-        "eval_batch_size",
-        "eval_batch_size",
-        None,
-        SCHEMAS,
-        keys.read_evaluation,
-        only_with="val_set_size test_datasets",
-    ),
+    Row("eval_batch_size", "eval_batch_size", None, SCHEMAS, keys.read_evaluation, only_with=AXOLOTL_EVALUATION),
     Row("checkpointing", "gradient_checkpointing", False, SCHEMAS, keys.read_checkpointing),
     Row("attention", "flash_attention", words={"true": "flash_attention_2", "false": None}),
     Row("attention", "sdp_attention", words={"true": "sdpa", "false": None}),
@@ -276,15 +270,12 @@ PEFT_ROWS = (
 )
 """PEFT's ``adapter_config.json``, and the ``training_params.json`` of PEFT's method comparison."""
 
+AXOLOTL_KEYS = {"sequence_len", "micro_batch_size", "datasets", "adapter", "num_epochs"}
 TRAINERS: tuple[tuple[str, tuple[Row, ...], list[set[str]]], ...] = (
     ("PEFT", PEFT_ROWS, [{"peft_type"}]),
     ("PEFT", PEFT_ROWS, [{".json"}, {"optimizer_kwargs", "model_id", "use_gc"}]),
     ("torchtune", TORCHTUNE_ROWS, [{"model._component_", "tokenizer._component_"}]),
-    (
-        "axolotl",
-        AXOLOTL_ROWS,
-        [{"base_model"}, {"sequence_len", "micro_batch_size", "datasets", "adapter", "num_epochs"}],
-    ),
+    ("axolotl", AXOLOTL_ROWS, [{"base_model"}, AXOLOTL_KEYS]),
     ("LLaMA-Factory", FACTORY_ROWS, [{"model_name_or_path"}, {"finetuning_type", "stage", "cutoff_len", "template"}]),
     ("alignment-handbook", TRL_ROWS, [{"model_name_or_path"}, {"dataset_mixture", "dataset_mixer"}]),
     ("TRL", TRL_ROWS, [{"model_name_or_path"}]),
