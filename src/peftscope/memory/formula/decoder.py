@@ -79,8 +79,10 @@ def _attention(
     module = f"layers.{index}.self_attn"
     if model.shape.family == "phi3":
         joined = linear(model, f"{module}.qkv_proj", block["qkv_proj"], x)
-        query, key, value = _split(tape, joined, (("T", "q"), ("T", "k"), ("T", "k")))
-        del joined
+        query, key, value = (joined.view(("T", width)) for width in "qkk")
+        for part in (query, key, value):  # slices of one tensor, whose gradients are each as large as all of it
+            tape.record([joined], [part], None)
+        del joined, part
     else:
         query, key, value = (linear(model, f"{module}.{n}", block[n], x) for n in ("q_proj", "k_proj", "v_proj"))
     if model.shape.head_norms:
@@ -103,14 +105,6 @@ def _attention(
         if model.shape.family == "phi3":  # its queries, and with them the output, are laid out head by head
             output = tape.contiguous(output, "output of attention, in the order of tokens")
     return linear(model, f"{module}.o_proj", block["o_proj"], output), probabilities
-
-
-def _split(tape: Tape, joined: Shaped, parts: Sequence[Dims]) -> list[Shaped]:
-    """Stands for slices of one tensor: views of it, whose gradients are each as large as all of it."""
-    views = [joined.view(part) for part in parts]
-    for view in views:
-        tape.record([joined], [view], None)
-    return views
 
 
 def _with_prefix(model: TapedModel, x: Shaped) -> Shaped:

@@ -161,10 +161,8 @@ def _make_weights(model: TapedModel) -> None:
         for layer in shape.block:
             if is_named(path := module_path(index, layer.name), model.targets):
                 _adapter_weights(model, path, layer)
-    if model.prompt:
-        _adapter(model, "prompt_encoder", ("v", "h"), 4)
-    elif model.prefix:
-        _adapter(model, "prompt_encoder", ("v", "L", "k", "2"), 4)
+    if model.prompt or model.prefix:
+        _adapter(model, "prompt_encoder", ("v", "h") if model.prompt else ("v", "L", "k", "2"), 4)
     _copy(model, "lm_head")
 
 
@@ -175,12 +173,11 @@ def _copy(model: TapedModel, name: str) -> None:
 
 
 def _weight(model: TapedModel, name: str, dims: Dims, width: float) -> None:
-    trained = model.method.trains_base
-    model.weights[name] = model.tape.parameter(name, dims, width, "weights", _last(name), trained=trained)
+    model.weights[name] = model.tape.parameter(name, dims, width, "weights", trained=model.method.trains_base)
 
 
 def _adapter(model: TapedModel, name: str, dims: Dims, width: float) -> None:
-    model.weights[name] = model.tape.parameter(name, dims, width, "adapters", _last(name), trained=True)
+    model.weights[name] = model.tape.parameter(name, dims, width, "adapters", trained=True)
 
 
 def _copies(model: TapedModel) -> dict[str, Shaped]:
@@ -331,7 +328,7 @@ def _dora_update(model: TapedModel, path: str, x: Shaped, result: Shaped, inputs
     wide = tape.new((outputs, inputs), x.width, term="weight in the adapter's precision (DoRA)")
     if weight.width == x.width:
         wide = weight
-    norm = _dora_norm(tape, product if follows_norm else product.detached(), wide)
+    norm = _dora_norm(tape, product if follows_norm else Shaped(product.storage, product.dims, product.width), wide)
     magnitude = model.weights[f"{path}.magnitude"]
     ratio = tape.op([magnitude, norm], (outputs,), magnitude.width, None, (norm, magnitude if norm.node else None))
     update = _low_rank(model, path, x, outputs)
@@ -387,10 +384,6 @@ def _ia3_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) -> 
     result = _base_linear(model, path, layer, x)
     before = result.width
     return tape.cast(tape.multiply(result, scaling, "rescaled output"), before)
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 _ADAPTED = {"low-rank": _lora_linear, "triplets": _adalora_linear, "decomposed": _dora_linear, "rescaled": _ia3_linear}
