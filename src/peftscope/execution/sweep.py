@@ -77,7 +77,7 @@ def run_sweep(name: str, choose: Callable[[Sweep], Path], minutes: float | None 
             shares = ",".join(map(str, plan.keep_at(identity)))
             options = ["--keep-at", shares] if shares else []
             options += ["--keep-weights", "all"] if plan.keeps_all_weights(identity) else []
-            status = run_apart(identity, spec, run_folder(identity), *options, deadline=deadline)
+            status = run_apart(spec, run_folder(identity), *options, deadline=deadline)
             estimated, taken = estimated + run_seconds(spec), taken + time.monotonic() - began
             ended.add(identity)
             _say(f"  {status} after {spoken_time(time.monotonic() - began)}")
@@ -114,7 +114,7 @@ def fetch_inputs(spec: RunSpec) -> None:
         resource.fetch()
 
 
-def run_apart(identity: str, spec: RunSpec, folder: Path, *options: str, deadline: float = math.inf) -> str:
+def run_apart(spec: RunSpec, folder: Path, *options: str, deadline: float = math.inf) -> str:
     """Executes a run in a process of its own, and returns its status.
 
     ``options`` are further ones of ``peftscope run``; at the ``deadline``, on the monotonic clock, the run has to stop.

@@ -1,4 +1,4 @@
-"""Checks that need more than an experiment's file: models, tasks, a compiler, starts, and what was fetched. No torch."""
+"""Checks that need more than an experiment's file: models, tasks, starts, a compiler, what was fetched. No torch."""
 
 from __future__ import annotations
 
