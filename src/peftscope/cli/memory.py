@@ -252,7 +252,7 @@ def fit(
     """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
     from peftscope.hardware.cards import find_gpu
     from peftscope.sizing.duration import Schedule
-    from peftscope.sizing.fit import fit_methods, known_methods, not_searched
+    from peftscope.sizing.fit import fit_methods, known_methods
 
     names = [name.strip() for name in f"{model or ''},{models or ''}".split(",") if name.strip()]
     if not names:
@@ -269,7 +269,8 @@ def fit(
 
     console = wide_console()
     show_fits(fits, card, console)
-    if not methods and (others := not_searched()):
+    others = [name for name, method in METHODS.items() if method.trains and not method.closed_form]
+    if others and not methods:
         console.print(f"simulated when asked for by --methods, because they have no closed form: {', '.join(others)}")
 
 

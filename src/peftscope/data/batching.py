@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -190,10 +189,3 @@ def evaluation_batches(examples: Sequence[Example], *, batch_size: int, pad_toke
 def widest_batch(batches: Iterable[Batch]) -> Batch:
     """Returns the first of the batches with the longest sequence, and of these with the most logits."""
     return max(batches, key=lambda batch: (batch.input_ids.shape[1], batch.kept_positions.numel()))
-
-
-def digested(batches: Iterable[Batch], digest: hashlib._Hash) -> Iterator[Batch]:
-    """Yields the batches; the digest is that of their tokens in order."""
-    for batch in batches:
-        digest.update(batch.input_ids.numpy().tobytes())
-        yield batch
