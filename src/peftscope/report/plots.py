@@ -74,12 +74,25 @@ def new_figure(path: Path, width: float, height: float, columns: int = 1, **grid
     """Yields the axes of a new figure, and then writes it. An SVG follows the colours of its page, a PNG is on white.
 
     ``columns`` axes stand beside each other, and ``grid`` goes to ``plt.subplots``, ``nrows`` too. Sizes are in inches.
+
+    Raises:
+        InputError: The path ends as no picture does.
     """
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     with plt.rc_context(STYLE if path.suffix == ".svg" else {}):
         figure, axes = plt.subplots(ncols=columns, figsize=(width, height), layout="constrained", **grid)
         yield axes
-        save(figure, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix and path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+            plt.close(figure)
+            raise InputError(Problem(str(path), f"no kind of picture (got {shown(path.suffix)})", "use .png or .svg"))
+        if path.suffix == ".svg":
+            opening, _, rest = svg_of(figure, path.stem).partition(">")
+            path.write_text(f"{opening}>{OWN_COLOURS}{rest}")
+            return
+        # Without a software version in the file, the same data give the same bytes.
+        figure.savefig(path, dpi=130, metadata={"Software": None})
+        plt.close(figure)
 
 
 def _more_height(axes: plt.Axes) -> float:
@@ -87,25 +100,6 @@ def _more_height(axes: plt.Axes) -> float:
     legend = axes.get_legend()
     rows = math.ceil(len(legend.get_texts()) / legend._ncols) if legend else 0
     return INCHES_A_NAME * (max(0, len(axes.get_yticks()) - FITTING_NAMES) + max(0, rows - FITTING_ROWS))
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    """Writes a figure as SVG or PNG, as its path says, and closes it.
-
-    Raises:
-        InputError: The path ends as no picture does.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix and path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
-        plt.close(figure)
-        raise InputError(Problem(str(path), f"no kind of picture (got {shown(path.suffix)})", "use .png or .svg"))
-    if path.suffix == ".svg":
-        opening, _, rest = svg_of(figure, path.stem).partition(">")
-        path.write_text(f"{opening}>{OWN_COLOURS}{rest}")
-        return
-    # Without a software version in the file, the same data give the same bytes.
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
 
 
 def _with_names(runs: pd.DataFrame) -> pd.DataFrame:
