@@ -153,7 +153,7 @@ from peftscope.execution import sweep
 from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
 
-def run_here(identity, spec, folder, *options, deadline):
+def run_here(spec, folder, *options, deadline):
     return execute(spec, folder, Phases(spec.device, time.perf_counter()), alone=False).status
 
 sweep.run_apart = run_here

@@ -54,13 +54,12 @@ def run(spec: RunSpec | Mapping[str, Any], folder: str | Path) -> RunRecord:
         OSError: The disk is full, or does not let the run write; ``interrupted.json`` says so where it could.
     """
     began = time.perf_counter()
-    from peftscope.execution.inputs import inputs
     from peftscope.execution.job import check_cards
     from peftscope.files.atomic import write_json
     from peftscope.files.lock import locked
     from peftscope.hardware.bf16 import chosen_way
     from peftscope.hardware.device import detect_device
-    from peftscope.planning.checks import check_run
+    from peftscope.planning.checks import check_run, inputs
     from peftscope.planning.resolve import spec_from
     from peftscope.record import Seconds, check_place, finished_record, state_folder, write_record
     from peftscope.spec import run_id

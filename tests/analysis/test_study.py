@@ -259,6 +259,7 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
         ({"seeds": [0]}, "study.seeds"),
         ({"arms": {"full": {"method": "full"}, "a b": {"method": "lora"}}}, "study.arms"),
         ({"controls": {"dora": ["a-a"]}}, "controls and a_a name no arm: dora"),
+        ({"a_a": "dora"}, "controls and a_a name no arm: dora"),
         ({"contrasts": [["lora", "dora"]]}, "contrasts name no arm: dora"),
         ({"contrasts": [["lora", "lora"]]}, "contrasts: lora and lora are compared already, or are one arm"),
         ({"contrasts": [["thin", "lora"], ["lora", "thin"]]}, "lora and thin are compared already"),

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from peftscope.errors import InputError
-from peftscope.execution.inputs import inputs
 from peftscope.files.atomic import write_json
 from peftscope.files.manifest import file_sha256, read_manifest
-from peftscope.planning.checks import check_unchanged
+from peftscope.planning.checks import check_unchanged, inputs
 from peftscope.spec import RunSpec
 
 

@@ -15,8 +15,8 @@ from peftscope.errors import InputError
 from peftscope.execution.merge import base_of_adapter, merge_run
 from peftscope.files.manifest import file_sha256
 from peftscope.layout import run_folder
+from peftscope.planning.checks import check_starts
 from peftscope.planning.plan import load_workflow
-from peftscope.planning.starts import check_starts
 from peftscope.planning.sweep import expand
 from peftscope.record import KeepWeights, RunRecord
 from peftscope.spec import RunSpec, run_id

@@ -21,7 +21,7 @@ from peftscope.execution.sweep import run_sweep
 from peftscope.layout import record_path, run_folder, tuned_path
 from peftscope.planning.plan import plan_experiment
 from peftscope.record import Quality, RunRecord, Status, read_record, state_folder, write_record
-from peftscope.spec import RunSpec
+from peftscope.spec import RunSpec, run_id
 
 SHORT = """
 fixed: {model: toy, steps: 4, batch_size: 4, validation_items: 8, heldout_items: 8, generation_items: 0,
@@ -50,13 +50,13 @@ class Runs:
         monkeypatch.setattr(sweep, "run_seconds", lambda spec: 1.0)
         monkeypatch.setattr(sweep.time, "monotonic", lambda: self.now)
 
-    def run(self, identity: str, spec: RunSpec, folder: Path, *, deadline: float) -> Status:
+    def run(self, spec: RunSpec, folder: Path, *, deadline: float) -> Status:
         self.seen.append(spec.method.name)
         self.now += self.seconds
         status = self.endings.get(spec.method.name, "ok")
         loss = 1 + abs(math.log(spec.learning_rate / 1e-3)) if spec.learning_rate else 9.0
         quality = Quality(validation_nll=loss, heldout_nll=loss)
-        record = RunRecord(run_id=identity, status=status, spec=spec, quality=quality)
+        record = RunRecord(run_id=run_id(spec), status=status, spec=spec, quality=quality)
         state_folder(folder).mkdir(parents=True, exist_ok=True)
         (folder / "items.jsonl").write_text("")
         for path in (folder / "record.json", state_folder(folder) / "record.json"):
@@ -151,7 +151,7 @@ def test_a_run_that_is_refused_ends_the_sweep(own, monkeypatch: pytest.MonkeyPat
     spec = plan_experiment("mine").sweep.runs[identity]
     monkeypatch.setenv("PEFTSCOPE_BF16", "sideways")
     with pytest.raises(InputError, match=r"PEFTSCOPE_BF16.*train\.log"):
-        sweep.run_apart(identity, spec, run_folder(identity), deadline=time.monotonic() + 600)
+        sweep.run_apart(spec, run_folder(identity), deadline=time.monotonic() + 600)
 
 
 def test_a_process_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import python
@@ -104,11 +105,13 @@ def test_reserved_and_impossible_names(name: str) -> None:
         expand(name)
 
 
-def test_no_room_on_the_disk() -> None:
-    runs = expand("quick").runs
-    (problem,) = check_disk(runs, free_bytes=2 * 10**9)
+def test_no_room_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, usage = expand("quick").runs, SimpleNamespace(free=2 * 10**9)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    (problem,) = check_disk(runs)
     assert "need about" in problem.message
-    assert check_disk(runs, free_bytes=10**12) == []
+    usage.free = 10**12
+    assert check_disk(runs) == []
 
 
 WRONG_COMMANDS = {

@@ -154,8 +154,8 @@ def test_a_run_on_this_machines_card_takes_what_the_time_model_says(monkeypatch:
 
 def test_the_processors_forecast_has_the_memory_that_a_job_asks_for(own_folder: Path) -> None:
     finished(50, 0)
-    told = pace.ProcessorForecaster(one_thread=True).forecast("run", SPEC, chosen=True)
+    told = pace.forecast_here("run", SPEC, chosen=True, one_thread=True)
     assert (told.seconds, told.peak_device_bytes) == (pytest.approx(60), host_bytes(SPEC))
     other = SPEC.model_copy(update={"model": "org/unknown"})
-    unknown = pace.ProcessorForecaster(one_thread=True).forecast("run", other, chosen=True)
+    unknown = pace.forecast_here("run", other, chosen=True, one_thread=True)
     assert unknown.peak_device_bytes is None and "org/unknown is not known" in unknown.unknown

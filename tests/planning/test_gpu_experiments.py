@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import in_one_process
 
-from peftscope.data.benchmarks import benchmark_folder, find_benchmark, make_benchmark
+from peftscope.data.benchmarks import benchmark_folder, benchmark_resource, find_benchmark
 from peftscope.data.tasks import SPLITS, make_task, read_split, split_of, task_folder
 from peftscope.errors import InputError
 from peftscope.files import hub
@@ -156,7 +156,8 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(mirror: Path, o
 
 
 def test_without_a_hub_what_is_missing_is_a_message(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for make in (lambda: fetch_model("llama-2-7b"), lambda: make_task("metamath"), lambda: make_benchmark("hellaswag")):
+    benchmark = benchmark_resource("hellaswag").fetch
+    for make in (lambda: fetch_model("llama-2-7b"), lambda: make_task("metamath"), benchmark):
         with pytest.raises(InputError, match=r"(it|not reached): .*PEFTSCOPE_HUB=FOLDER"):
             make()
     assert hub.commit_of("org/name", "a" * 40, "model") == "a" * 40  # a full commit is its own answer
@@ -176,7 +177,7 @@ def test_a_benchmark_that_lm_eval_does_not_know_is_said_before_any_job(write_exp
 
 
 def test_a_benchmarks_manifest_says_where_its_rows_are_from(mirror: Path, own_folder: Path) -> None:
-    manifest = json.loads((make_benchmark("gsm8k") / "manifest.json").read_text())
+    manifest = json.loads((benchmark_resource("gsm8k").fetch() / "manifest.json").read_text())
     assert manifest["dataset"] == "openai/gsm8k" and manifest["items"] == {"test": 20, "train": 20}
     assert manifest["mirror"].startswith(str(mirror)) and set(manifest["sha256"]) == {"test", "train"}
     assert sorted(path.stem for path in benchmark_folder("gsm8k").glob("*.parquet")) == ["test", "train"]

@@ -566,13 +566,7 @@ def test_the_command_is_a_check_before_a_run(peftscope: Command, tmp_path: Path)
     assert code == 0 and "does not fit on" in text  # the check belongs to files
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("base_model: [", "line 2: not valid YAML"),
-        ("", "must be a mapping"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [("base_model: [", "line 2: not valid YAML"), ("", "must be a mapping")])
 def test_a_broken_file_is_a_sentence(peftscope: Command, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     code, _, said = peftscope("memory", "--config", str(tmp_path / "run.yaml"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -45,7 +46,7 @@ def show_forecast(experiment: str, gpu: Gpu | None, *, brief: bool) -> None:
 
     Without a card they are for this machine's processor, which the runs of a study share, one thread each.
     """
-    from peftscope.execution.pace import ProcessorForecaster
+    from peftscope.execution.pace import forecast_here
     from peftscope.hardware.device import detect_device
     from peftscope.planning.checks import too_few_items
     from peftscope.planning.disk import disk_bytes
@@ -57,9 +58,10 @@ def show_forecast(experiment: str, gpu: Gpu | None, *, brief: bool) -> None:
     plan = plan_experiment(experiment, device)
     sweep = expand(experiment, device, assume_rates=True) if plan.is_study else plan.sweep
     at_once = (os.cpu_count() or 1) if plan.is_study and device == "cpu" else 1
-    forecaster = Forecaster(gpu) if gpu else ProcessorForecaster(one_thread=at_once > 1)
+    forecaster = Forecaster(gpu) if gpu else None
+    forecast = forecaster.forecast if forecaster else partial(forecast_here, one_thread=at_once > 1)
     to_do = {identity: spec for identity, spec in sweep.runs.items() if not record_path(identity).is_file()}
-    forecasts = [forecaster.forecast(run, spec, chosen=run in plan.sweep.runs) for run, spec in to_do.items()]
+    forecasts = [forecast(run, spec, chosen=run in plan.sweep.runs) for run, spec in to_do.items()]
     console = wide_console(170)
     console.print(_by_method(forecasts) if brief else _by_run(forecasts))
     on = f" on {gpu.name} ({spoken_bytes(gpu.memory_bytes, 1)})" if gpu else ""
@@ -75,7 +77,7 @@ def show_forecast(experiment: str, gpu: Gpu | None, *, brief: bool) -> None:
         lost = f"{len(missing)} runs will not fit; they end as OOM, which is a row in the tables."
         lines.append(f"{lost} What would fit:")
         lines += [f"  {what}: {advice}" for what, advice in dict.fromkeys((_name(f), f.advice) for f in missing)]
-    if isinstance(forecaster, Forecaster):
+    if forecaster:
         speed = f"Speed: of {forecaster.speed_name} by the model of docs/time.md, or as records of such a card say."
         lines.append(f"{speed} Memory: every sequence of a batch as long as seq_len allows.")
     else:

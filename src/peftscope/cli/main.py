@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -21,10 +22,6 @@ from peftscope.cli.console import EXPERIMENT, wide_console
 from peftscope.errors import InputError, Problem, needs, printable
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.layout import how_to_run, record_path, run_folder
-
-if TYPE_CHECKING:
-    from rich.status import Status
-
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -239,16 +236,18 @@ def doctor() -> None:
     from peftscope.cli.doctor import examine
 
     table = Table("what", "", "found", "remedy", box=None)
-    with _waiting("looking at this machine, and measuring how fast it multiplies"):
+    with errors.status("looking at this machine, and measuring how fast it multiplies"):
         findings = examine()
     for finding in findings:
         table.add_row(finding.what, "[green]ok[/]" if finding.fine else "[yellow]--[/]", finding.found, finding.remedy)
     wide_console().print(table)
 
 
-def _waiting(what: str) -> Status:
-    """Returns a context in which a terminal says what is done."""
-    return errors.status(escape(printable(what)))
+def _print_made(what: str, make: Callable[[], Path]) -> None:
+    """Prints the folder that is made; meanwhile a terminal says what is done."""
+    with errors.status(escape(printable(what))):
+        folder = make()
+    print(folder)
 
 
 @app.command(rich_help_panel=EXPERIMENT)
@@ -260,9 +259,7 @@ def fetch(
     """Fetch a base model, with its checksums and licence."""
     from peftscope.models.fetch import fetch_model
 
-    with _waiting(f"fetching {model}"):
-        folder = fetch_model(model, revision)
-    print(folder)
+    _print_made(f"fetching {model}", lambda: fetch_model(model, revision))
 
 
 @app.command("make-task", rich_help_panel=EXPERIMENT)
@@ -271,17 +268,13 @@ def make_task_command(task: Annotated[str, typer.Argument(help="A name in tasks.
     """Make a task's train, validation and test items."""
     from peftscope.data.tasks import make_task
 
-    with _waiting(f"making {task}"):
-        folder = make_task(task)
-    print(folder)
+    _print_made(f"making {task}", lambda: make_task(task))
 
 
 @app.command("make-benchmark", rich_help_panel=EXPERIMENT)
 @needs("train")
 def make_benchmark_command(name: Annotated[str, typer.Argument(help="Of lm-eval: gsm8k, hellaswag, ...")]) -> None:
     """Fetch the rows of one of lm-eval's own benchmarks."""
-    from peftscope.data.benchmarks import make_benchmark
+    from peftscope.data.benchmarks import benchmark_resource
 
-    with _waiting(f"fetching {name}"):
-        folder = make_benchmark(name)
-    print(folder)
+    _print_made(f"fetching {name}", benchmark_resource(name).fetch)

@@ -20,16 +20,7 @@ from peftscope.errors import InputError, Problem, how_to_install, needs
 from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.files.content import parse_json
 from peftscope.memory.base import describe_model
-from peftscope.memory.question import (
-    BESIDE_OPTIONS,
-    DEFAULTS,
-    METHOD_OPTIONS,
-    SPEC_OPTIONS,
-    Beside,
-    Question,
-    ask,
-    preset_or_modules,
-)
+from peftscope.memory.question import DEFAULTS, OPTIONS, Beside, Question, ask, preset_or_modules
 from peftscope.methods import METHODS
 from peftscope.spec import RunSpec
 
@@ -129,7 +120,7 @@ def _option(name: str) -> Any:
 
 
 @app.command("memory", rich_help_panel=FITS)
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS, *TIME)
+@run_options(*OPTIONS, *TIME)
 @needs("simulate")
 def memory_command(
     model: MemoryModel = None,
@@ -208,9 +199,7 @@ def memory_command(
     if as_json:
         more: dict[str, Any] = {"config": reading.to_json()} if reading else {}
         if card:
-            more["headroom_bytes"] = card.usable_bytes - answer.peak_device_bytes
-            more |= {"fits": fits, "missing_bytes": max(0, answer.least_device_bytes - card.usable_bytes)}
-            more |= time_json(time)
+            more |= card.room(answer.least_device_bytes, answer.peak_device_bytes) | time_json(time)
             more["remedies"] = [asdict(remedy) for remedy in remedies]
         print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
     else:
@@ -249,7 +238,7 @@ def models(as_json: AsJson = False) -> None:
 
 
 @app.command(rich_help_panel=FITS)
-@run_options(*METHOD_OPTIONS, *(name for name in (*SPEC_OPTIONS, *BESIDE_OPTIONS, *TIME) if name not in NOT_OF_FIT))
+@run_options(*(name for name in (*OPTIONS, *TIME) if name not in NOT_OF_FIT))
 @needs("simulate")
 def fit(
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a hub id.")] = None,
@@ -263,7 +252,7 @@ def fit(
     """Say which methods fit on a card, with what is left, the largest sizes, and what to do where nothing fits."""
     from peftscope.hardware.cards import find_gpu
     from peftscope.sizing.duration import Schedule
-    from peftscope.sizing.fit import fit_methods, known_methods, not_searched
+    from peftscope.sizing.fit import fit_methods, known_methods
 
     names = [name.strip() for name in f"{model or ''},{models or ''}".split(",") if name.strip()]
     if not names:
@@ -280,12 +269,13 @@ def fit(
 
     console = wide_console()
     show_fits(fits, card, console)
-    if not methods and (others := not_searched()):
+    others = [name for name, method in METHODS.items() if method.trains and not method.closed_form]
+    if others and not methods:
         console.print(f"simulated when asked for by --methods, because they have no closed form: {', '.join(others)}")
 
 
 @app.command(rich_help_panel=FITS)
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS, "examples", "epochs")
+@run_options(*OPTIONS, "examples", "epochs")
 def cheapest(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, or a hub id.")],
     method: MethodName = None,

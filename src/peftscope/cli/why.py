@@ -17,7 +17,7 @@ from peftscope.cli.console import FITS, wide_console
 from peftscope.cli.memory import AsJson, Gpus, MethodName, peaks_of_question, run_options
 from peftscope.errors import InputError, Problem, close_match, needs
 from peftscope.memory.base import Model, describe_model
-from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Question, ask, options_of
+from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, OPTIONS, Question, ask, options_of
 from peftscope.methods import METHODS
 from peftscope.spec import RunSpec
 
@@ -44,7 +44,7 @@ class Setting:
 
 
 @_settings.command()
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+@run_options(*OPTIONS)
 def _parse(method: str = typer.Argument("lora"), model: SharedModel = None, **options: Any) -> dict[str, Any]:
     """Return the words of a setting as options."""
     return {"model": model, "method": method, **options}
@@ -128,7 +128,7 @@ def asked(setting: Setting, model: str | None, shared: Mapping[str, Any], gpu: G
 
 
 @app.command(rich_help_panel=FITS)
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+@run_options(*OPTIONS)
 @needs("simulate")
 def why(
     words: Annotated[
@@ -178,7 +178,7 @@ def why(
 
 
 @app.command(rich_help_panel=FITS)
-@run_options(*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+@run_options(*OPTIONS)
 @needs("simulate")
 def oom(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, a hub id, or a spec file.")],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from peftscope.data.sources import SHOWN_LINES, Item
+from peftscope.data.sources import Item
 from peftscope.errors import InputError, Problem
+from peftscope.files.content import SHOWN_LINES
 
 IGNORED = -100
 """The label of positions that carry no loss, as in torch and transformers."""
@@ -189,10 +189,3 @@ def evaluation_batches(examples: Sequence[Example], *, batch_size: int, pad_toke
 def widest_batch(batches: Iterable[Batch]) -> Batch:
     """Returns the first of the batches with the longest sequence, and of these with the most logits."""
     return max(batches, key=lambda batch: (batch.input_ids.shape[1], batch.kept_positions.numel()))
-
-
-def digested(batches: Iterable[Batch], digest: hashlib._Hash) -> Iterator[Batch]:
-    """Yields the batches; the digest is that of their tokens in order."""
-    for batch in batches:
-        digest.update(batch.input_ids.numpy().tobytes())
-        yield batch

@@ -73,17 +73,8 @@ def _config(path: Path) -> dict[str, Any]:
     return {**_config(path.parent / parent), **content} if parent else content
 
 
-def make_benchmark(name: str) -> Path:
-    """Fetches a benchmark's rows if they are missing, and returns their folder.
-
-    Raises:
-        InputError: lm-eval does not know the benchmark, or its data cannot be fetched.
-    """
-    return benchmark_resource(name).fetch()
-
-
 def benchmark_resource(name: str) -> Resource:
-    """Returns the folder of a benchmark's rows, fetched or not."""
+    """Returns the folder of a benchmark's rows, fetched or not; to fetch it fails if lm-eval does not know its name."""
     return Resource(benchmark_folder(name), partial(_fill, name), ".parquet")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import string
@@ -16,15 +17,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId, Strict
+from peftscope.files.content import REVISION_PATTERN, Count, CountOrZero, HubId, Strict, read_lines
 from peftscope.files.hub import load_rows
 from peftscope.files.limits import check_characters
 from peftscope.files.manifest import file_sha256
 from peftscope.files.wheel import WheelFile, unpacked
 from peftscope.layout import TASKS_FILE, TASKS_FOLDER
 
-SHOWN_LINES = 20
-"""The most broken lines of a file that one message lists."""
 _LINE = 'a line is {"prompt": ..., "response": ...}'
 
 
@@ -70,10 +69,7 @@ class JsonlSource(Strict):
 
     def is_there(self) -> bool:
         """Returns whether the file exists."""
-        try:
-            return self.path.is_file()
-        except OSError:  # the name is too long for a file
-            return False
+        return os.path.isfile(self.path)  # noqa: PTH113  (Path.is_file raises if the name is too long for a file)
 
     def items(self, name: str, facts: dict[str, str]) -> Iterator[Item]:
         """Yields the items of the file, and then adds its checksum to ``facts``, for the task's manifest."""
@@ -242,31 +238,16 @@ class Item:
 
 
 def read_items(path: Path) -> Iterator[Item]:
-    """Yields the items of a file with one JSON object per line, which has ``prompt`` and ``response``.
+    """Returns the items of a file with one JSON object per line, which has ``prompt`` and ``response``.
 
     Raises:
         InputError: Some lines are not items. The error comes after the last line and lists them.
     """
-    problems = []
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    if line.strip():
-                        yield _item_of_line(line)
-                except (ValueError, RecursionError) as error:
-                    problems.append(Problem(f"{path}: line {number}", str(error), _LINE))
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise InputError(Problem(str(path), f"cannot be read: {error}")) from None
-    if len(problems) > SHOWN_LINES:
-        rest = Problem(str(path), f"{len(problems) - SHOWN_LINES:,} more lines are not items")
-        problems = [*problems[:SHOWN_LINES], rest]
-    if problems:
-        raise InputError(problems)
+    return read_lines(path, _item_of_line, _LINE)
 
 
-def _item_of_line(line: bytes) -> Item:
-    content = json.loads(line.decode())
+def _item_of_line(line: str) -> Item:
+    content = json.loads(line)
     if not isinstance(content, dict):
         raise ValueError(f"not an object (got {shown(content)})")
     missing = [name for name in ("prompt", "response") if name not in content]

@@ -121,12 +121,9 @@ def task_resource(name: str) -> Resource:
 def _fill(name: str, target: Path) -> dict[str, Any]:
     """Writes a task's splits into a folder, and returns where they are from and how many items they have."""
     entry = find_task(name)
-    pool: dict[str, Item] = {}
-    read = 0
     facts: dict[str, str] = {}
-    for item in entry.source.items(name, facts):
-        read += 1
-        pool.setdefault(item.prompt, item)
+    read = list(entry.source.items(name, facts))
+    pool = {item.prompt: item for item in reversed(read)}  # of the same prompt, the first one counts
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     # Sorting by hash makes the first items of a split a fair sample of it.
     ordered = sorted(pool.values(), key=lambda item: hashlib.sha256(item.prompt.encode()).digest()[8:])
@@ -146,7 +143,7 @@ def _fill(name: str, target: Path) -> dict[str, Any]:
         "licence": entry.licence,
         **facts,
         "items": {split: len(items) for split, items in splits.items()},
-        "duplicates_dropped": read - len(pool),
+        "duplicates_dropped": len(read) - len(pool),
     }
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from rich.console import Console
 
 from peftscope.errors import InputError, Problem
-from peftscope.execution.inputs import inputs
 from peftscope.execution.process import host_kills, keep_freed_memory, seconds_since_process_start, survive_child
 from peftscope.execution.ranks import fork_ranks, rank_folder
 from peftscope.files.atomic import write_json
@@ -26,6 +25,7 @@ from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import cards_claimed
 from peftscope.hardware.turns import Turns
 from peftscope.methods import OwnMethod
+from peftscope.planning.checks import inputs
 from peftscope.record import (
     KeepWeights,
     RunRecord,

@@ -10,7 +10,7 @@ from peftscope.models.catalog import find_model
 from peftscope.planning.demands import host_bytes
 from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.forecast import Forecast, Forecaster
-from peftscope.spec import RunSpec, memory_key
+from peftscope.spec import RunSpec
 
 
 def run_seconds(spec: RunSpec, *, one_thread: bool = False) -> float:
@@ -32,20 +32,11 @@ def this_card() -> Gpu | None:
     return min((card for card in cards if card.memory_bytes), key=lambda card: card.memory_bytes, default=None)
 
 
-class ProcessorForecaster:
-    """Forecasts runs on this machine's processor. Memory is asked once for all runs that take the same memory."""
-
-    def __init__(self, one_thread: bool) -> None:
-        self._one_thread = one_thread
-        self._bytes: dict[tuple[str, str], int] = {}
-
-    def forecast(self, identity: str, spec: RunSpec, *, chosen: bool) -> Forecast:
-        """Returns the forecast of a run; its peak is the host memory that a scheduler is asked for."""
-        seconds, key = run_seconds(spec, one_thread=self._one_thread), (memory_key(spec), spec.task)
-        unknown = "" if find_model(spec.model).shape else f"the shape of {spec.model} is not known"
-        if not unknown and key not in self._bytes:
-            self._bytes[key] = host_bytes(spec)
-        return Forecast(identity, spec, chosen, seconds, self._bytes.get(key), "", None, "", unknown)
+def forecast_here(identity: str, spec: RunSpec, *, chosen: bool, one_thread: bool) -> Forecast:
+    """Returns the forecast of a run on this machine's processor; its peak is what a scheduler is asked for."""
+    unknown = "" if find_model(spec.model).shape else f"the shape of {spec.model} is not known"
+    peak = None if unknown else host_bytes(spec)
+    return Forecast(identity, spec, chosen, run_seconds(spec, one_thread=one_thread), peak, "", None, "", unknown)
 
 
 @cache

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from peftscope.training.signals import stop_signals
 
@@ -72,11 +71,8 @@ def survive_child() -> signal.Signals | None:
         die_with_parent()
         return None
 
-    def hand_on(number: int, frame: Any) -> None:
-        os.kill(child, number)
-
     for number in stop_signals():
-        signal.signal(number, hand_on)
+        signal.signal(number, lambda received, _: os.kill(child, received))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code >= 0:
         os._exit(code)

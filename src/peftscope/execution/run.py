@@ -24,15 +24,7 @@ from peftscope.execution.way import run_phases
 from peftscope.files.storage import storage_problem
 from peftscope.hardware.bf16 import bf16_products
 from peftscope.hardware.meter import is_out_of_memory, limited_memory
-from peftscope.record import (
-    FINAL,
-    RESTORED,
-    KeepWeights,
-    RunRecord,
-    clear_checkpoints,
-    state_folder,
-    write_record,
-)
+from peftscope.record import FINAL, RESTORED, KeepWeights, RunRecord, clear_checkpoints, state_folder, write_record
 from peftscope.spec import RunSpec, run_id
 from peftscope.training.checkpoint import Checkpoints
 from peftscope.training.log import TrainingLog

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftscope.errors import InputError, Problem
-from peftscope.execution.inputs import inputs
 from peftscope.execution.job import lacks_kept
 from peftscope.execution.pace import run_seconds
 from peftscope.files.storage import STORAGE_CODE
 from peftscope.layout import run_folder
+from peftscope.planning.checks import inputs
 from peftscope.planning.disk import check_disk
 from peftscope.planning.plan import Plan, plan_experiment
 from peftscope.planning.sweep import Sweep
@@ -77,7 +77,7 @@ def run_sweep(name: str, choose: Callable[[Sweep], Path], minutes: float | None 
             shares = ",".join(map(str, plan.keep_at(identity)))
             options = ["--keep-at", shares] if shares else []
             options += ["--keep-weights", "all"] if plan.keeps_all_weights(identity) else []
-            status = run_apart(identity, spec, run_folder(identity), *options, deadline=deadline)
+            status = run_apart(spec, run_folder(identity), *options, deadline=deadline)
             estimated, taken = estimated + run_seconds(spec), taken + time.monotonic() - began
             ended.add(identity)
             _say(f"  {status} after {spoken_time(time.monotonic() - began)}")
@@ -114,7 +114,7 @@ def fetch_inputs(spec: RunSpec) -> None:
         resource.fetch()
 
 
-def run_apart(identity: str, spec: RunSpec, folder: Path, *options: str, deadline: float = math.inf) -> str:
+def run_apart(spec: RunSpec, folder: Path, *options: str, deadline: float = math.inf) -> str:
     """Executes a run in a process of its own, and returns its status.
 
     ``options`` are further ones of ``peftscope run``; at the ``deadline``, on the monotonic clock, the run has to stop.

@@ -15,8 +15,8 @@ from peftscope.errors import InputError, Problem, close_match
 from peftscope.execution.sweep import run_apart
 from peftscope.hardware.device import detect_device
 from peftscope.layout import published_paths
+from peftscope.planning.checks import check_starts
 from peftscope.planning.published import RECORDS, published_records
-from peftscope.planning.starts import check_starts
 from peftscope.record import FINAL, RunRecord, parse_record, read_record
 
 COMPARED = ("losses", "scores", "answers", "weights", "peaks", "batches")
@@ -97,7 +97,7 @@ def repeat_runs(runs: list[tuple[str, RunRecord]]) -> Iterator[Repeat]:
             folder, began = Path(place) / published.run_id, time.monotonic()
             threads, beside = (published.provenance.get(name) or 0 for name in ("threads", "threads_beside"))
             options = ["--threads", str(beside or threads), "--timed-threads", str(threads if beside else 0)]
-            run_apart(published.run_id, published.spec, folder, *options, "--shared")
+            run_apart(published.spec, folder, *options, "--shared")
             path = folder / "record.json"
             if not path.is_file():
                 raise InputError(Problem(str(folder), "the run left no record", "repeat the command"))

@@ -8,22 +8,13 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from peftscope.data.batching import (
-    Batch,
-    Example,
-    digested,
-    evaluation_batches,
-    tokenise,
-    training_batches,
-    widest_batch,
-)
+from peftscope.data.batching import Batch, Example, evaluation_batches, tokenise, training_batches, widest_batch
 from peftscope.data.sources import Item, RandomStringsSource
 from peftscope.data.tasks import draw_items, find_task, read_split, shuffle_responses
 from peftscope.evaluation.heldout import ItemLoss, base_answers, heldout_nll, mean_nll, nll_and_shift
@@ -52,8 +43,7 @@ from peftscope.training.shard import from_all, held_bytes, is_first, own_seed, s
 from peftscope.training.step import TrainedModel
 
 
-@dataclass(frozen=True)
-class _Data:
+class _Data(NamedTuple):
     """The tokenised items of a run, and their tokenizer."""
 
     tokenizer: Any
@@ -62,8 +52,7 @@ class _Data:
     heldout: list[Example]
 
 
-@dataclass(frozen=True)
-class _Widest:
+class _Widest(NamedTuple):
     """The batches that take the most memory. ``training`` is None if nothing is trained."""
 
     training: Batch | None
@@ -102,7 +91,7 @@ def run_phases(
             answers = base_answers(base.eval(), data.validation, spec, tokenizer.pad_token_id)
     with phase("predict"):
         widest = _widest_batches(spec, data)
-        phases.memory.predicted = predict_or_nothing(spec, widest.training, widest.heldout)
+        phases.memory.predicted = predict_or_nothing(spec, *widest)
     # LoftQ's factors and the score of prose depend on the number of threads, so both belong to the turn.
     with phases.turn():
         trained, weights = _prepare(spec, phases, base, followed=bool(answers))
@@ -247,9 +236,16 @@ def _train(
     with phases.phase("train"), compiled_layers(trained.model, spec):
         seed_everything(own_seed(spec.seed if spec.init_seed is None else spec.init_seed, spec))
         rehearsal = widest.training if spec.device == "cuda" else None
-        batches = digested(_batches(data, spec), digest)
+        batches = _digested(_batches(data, spec), digest)
         train(trained, batches, spec, log, checkpoints, rehearsal, after_step)
     return digest.hexdigest()
+
+
+def _digested(batches: Iterator[Batch], digest: hashlib._Hash) -> Iterator[Batch]:
+    """Yields the batches; the digest is that of their tokens in order."""
+    for batch in batches:
+        digest.update(batch.input_ids.numpy().tobytes())
+        yield batch
 
 
 def _follow(

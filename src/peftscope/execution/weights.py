@@ -14,19 +14,8 @@ from safetensors.torch import load_file
 from peftscope.data.batching import Example, tokenise
 from peftscope.data.sources import Item
 from peftscope.errors import InputError, Problem
+from peftscope.evaluation import updates
 from peftscope.evaluation.heldout import heldout_nll, mean_nll
-from peftscope.evaluation.updates import (
-    COSINES,
-    amplification,
-    cut,
-    decomposed_change,
-    energies,
-    grid_noise,
-    intruders,
-    leading_directions,
-    spectrum,
-    updated_matrices,
-)
 from peftscope.execution.start import merged_start
 from peftscope.hardware.bf16 import bf16_products
 from peftscope.record import kept_path, measured_path, read_record
@@ -88,37 +77,37 @@ def _rows_of(
 ) -> Iterator[dict[str, Any]]:
     random = torch.Generator().manual_seed(0)
     gaussian: dict[torch.Size, dict[str, float]] = {}
-    for name, old, new in updated_matrices(model, before):
+    for name, old, new in updates.updated_matrices(model, before):
         update = new - old
-        magnitude, direction = decomposed_change(old, new)
+        magnitude, direction = updates.decomposed_change(old, new)
         row: dict[str, Any] = {
             **{"kind": "matrix", "step": step, "matrix": name, "module": name.rpartition(".")[2]},
             **{"rows": old.shape[0], "columns": old.shape[1], "relative_size": float(update.norm() / old.norm())},
-            **spectrum(energies(update)),
+            **updates.spectrum(updates.energies(update)),
             **{"magnitude_change": magnitude, "direction_change": direction},
         }
         if is_last:
             if old.shape not in gaussian:
-                gaussian[old.shape] = spectrum(energies(torch.randn(old.shape, generator=random)))
-            noise = spectrum(energies(grid_noise(old, random)))
+                gaussian[old.shape] = updates.spectrum(updates.energies(torch.randn(old.shape, generator=random)))
+            noise = updates.spectrum(updates.energies(updates.grid_noise(old, random)))
             row |= {f"gaussian_{key}": value for key, value in gaussian[old.shape].items()}
             row |= {f"grid_{key}": value for key, value in noise.items()}
-            for cosine, count in zip(COSINES, intruders(old, new), strict=True):
+            for cosine, count in zip(updates.COSINES, updates.intruders(old, new), strict=True):
                 row[f"intruders_{100 * cosine:.0f}"] = count
             rank = getattr(spec.method, spec.method.rank_field, AMPLIFIED_RANK)
-            row["amplification"] = amplification(old, update, rank) if update.any() else None
+            row["amplification"] = updates.amplification(old, update, rank) if update.any() else None
         yield row
 
 
 def _cuts(model: Any, before: dict[str, torch.Tensor], spec: RunSpec, folder: Path) -> Iterator[dict[str, Any]]:
     """Yields the held-out loss with all updates of matrices cut to each of ``CUT_RANKS``. Vectors keep theirs."""
     examples, pad = _heldout(spec, folder)
-    updates = {name: p.data - before[name] for name, p in model.named_parameters() if p.ndim == 2}
-    directions = {name: leading_directions(update, max(CUT_RANKS[:-1])) for name, update in updates.items()}
+    changes = {name: p.data - before[name] for name, p in model.named_parameters() if p.ndim == 2}
+    directions = {name: updates.leading_directions(update, max(CUT_RANKS[:-1])) for name, update in changes.items()}
     parameters = dict(model.named_parameters())
     for rank in CUT_RANKS:
-        for name, update in updates.items():
-            kept = update if rank >= min(update.shape) else cut(update, directions[name][:, :rank])
+        for name, update in changes.items():
+            kept = update if rank >= min(update.shape) else updates.cut(update, directions[name][:, :rank])
             parameters[name].data.copy_(before[name] + kept)
         yield {"kind": "cut", "cut_rank": rank, "heldout_nll": _loss(model, examples, spec, pad)}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import stat
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,8 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+SHOWN_LINES = 20
+"""The most broken lines of a file that one message lists."""
 LARGEST_BYTES = 1_000_000
 """The largest file that is read: three times the ledger of claims, and up to twenty seconds of PyYAML."""
 
@@ -83,6 +86,33 @@ def read_text(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
         raise InputError(Problem(str(path), "no such file")) from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         raise InputError(Problem(str(path), f"cannot be read: {error}")) from None
+
+
+def read_lines(path: Path, read: Callable[[str], Any], remedy: str) -> Iterator[Any]:
+    """Yields what is read from each line of a UTF-8 file that is not blank.
+
+    Raises:
+        InputError: The file cannot be read, or ``read`` raised ValueError for some lines. This error comes after the
+            last line and lists them.
+    """
+    problems = []
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    if text := line.decode().strip():
+                        yield read(text)
+                except (ValueError, RecursionError) as error:
+                    problems.append(Problem(f"{path}: line {number}", str(error), remedy))
+    except FileNotFoundError:
+        raise InputError(Problem(str(path), "no such file", "give the path of a file that exists")) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(Problem(str(path), f"cannot be read: {error}")) from None
+    if len(problems) > SHOWN_LINES:
+        rest = Problem(str(path), f"{len(problems) - SHOWN_LINES:,} more lines are not items")
+        problems = [*problems[:SHOWN_LINES], rest]
+    if problems:
+        raise InputError(problems)
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -6,7 +6,7 @@ import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.words import GIB, MIB
@@ -64,6 +64,17 @@ class Gpu:
         if least_bytes > self.usable_bytes:
             return "no"
         return "yes" if device_bytes <= self.usable_bytes else "tight"
+
+    def room(self, least_bytes: int, device_bytes: int) -> dict[str, Any]:
+        """Returns whether a run fits, and the bytes that are left or missing, by the names that they have in answers.
+
+        A negative number of bytes that are left says how many the allocator would have to give back.
+        """
+        return {
+            "fits": self.fits(least_bytes, device_bytes),
+            "headroom_bytes": self.usable_bytes - device_bytes,
+            "missing_bytes": max(0, least_bytes - self.usable_bytes),
+        }
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def attention_stand_in(implementation: str, spec: RunSpec, batches: Sequence[Bat
     return MASK_FREE_SDPA if implementation == "sdpa" and unpadded else implementation
 
 
-def fill_with_fakes(model: torch.nn.Module, quantization: Quantization | None) -> None:
+def fill_with_fakes(model: torch.nn.Module, quantization: Quantization | None, *, packs_experts: bool) -> None:
     """Replaces every parameter and buffer by a fake tensor. Tied weights stay tied; 4-bit weights are packed."""
     made: dict[int, Any] = {}
     for module in model.modules():
@@ -137,9 +137,11 @@ def fill_with_fakes(model: torch.nn.Module, quantization: Quantization | None) -
     # PEFT's indices of virtual tokens are neither parameters nor buffers.
     indices = getattr(model, "prompt_tokens", {})
     indices |= {name: torch.empty_like(old, device="cpu") for name, old in indices.items()}
+    if packs_experts:
+        _pack_experts(model, quantization)
 
 
-def pack_experts(model: torch.nn.Module, quantization: Any) -> None:
+def _pack_experts(model: torch.nn.Module, quantization: Any) -> None:
     """Packs fused experts as axolotl does, monkeypatch/moe_quant.py at 01cd194: by bitsandbytes' parametrization."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 

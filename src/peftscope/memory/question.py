@@ -54,6 +54,9 @@ SPEC_OPTIONS = (
 )
 """The options that are fields of the spec."""
 
+OPTIONS = (*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
+"""All options of a question but the method itself."""
+
 
 def options_of(spec: RunSpec) -> dict[str, Any]:
     """Returns a run as options of ``ask``."""
@@ -154,12 +157,7 @@ class Question:
 
 
 def ask(
-    model: Model,
-    options: Mapping[str, Any],
-    *,
-    responses: int | None = None,
-    gpu: Gpu | None = None,
-    gpus: int = 1,
+    model: Model, options: Mapping[str, Any], *, responses: int | None = None, gpu: Gpu | None = None, gpus: int = 1
 ) -> Question:
     """Returns a question. Options that are not given have the values of a plain PyTorch and PEFT script.
 

@@ -19,24 +19,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from peftscope.data.batching import Batch
 from peftscope.errors import InputError, Problem, shown
 from peftscope.memory.answer import Answer, Peaks, answer_of, peaks_of
-from peftscope.memory.as_on_cuda import (
-    as_on_cuda,
-    dequantised_bytes,
-    drop_as_on_cuda,
-    fuse_loss,
-    grouped_products,
-)
+from peftscope.memory.as_on_cuda import as_on_cuda, dequantised_bytes, drop_as_on_cuda, fuse_loss, grouped_products
 from peftscope.memory.beside import Beside
 from peftscope.memory.depths import peaks_by_depth, with_a_second_step
-from peftscope.memory.empty import (
-    attention_stand_in,
-    empty_base,
-    empty_batch,
-    empty_model,
-    fake_batch,
-    fill_with_fakes,
-    pack_experts,
-)
+from peftscope.memory.empty import attention_stand_in, empty_base, empty_batch, empty_model, fake_batch, fill_with_fakes
 from peftscope.memory.formula.linear import tower_blocks
 from peftscope.memory.formula.step import PAGED_FROM_VALUES
 from peftscope.memory.probe import track_evaluation, track_steps
@@ -93,9 +79,7 @@ def simulate(
     in_evaluation = attention_stand_in(spec.attention, spec, [evaluation_batch] if evaluation_batch else [])
     choices = as_on_cuda() if cublas_bytes else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), choices, grouped_products(), _Owners(trained) as owners:
-        fill_with_fakes(model, spec.method.quantization())
-        if beside.quantize_moe_experts:
-            pack_experts(model, spec.method.quantization())
+        fill_with_fakes(model, spec.method.quantization(), packs_experts=beside.quantize_moe_experts)
         with attention(model, in_training):
             trace = _train(trained, owners, on_cpu, batches, cublas_bytes, tower) if batches else Trace()
         if evaluation_batch is None:
@@ -271,7 +255,7 @@ class _Owners:
 
     def __enter__(self) -> _Owners:
         self._hooks = [
-            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_pre_hook(lambda one, _: self._stack.append(self._names.get(id(one), ""))),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
         # The loss is not a module, so no hook sees it: this wrapper names its blocks.
@@ -283,9 +267,6 @@ class _Owners:
         self._loss_function._loss = self._loss
         for hook in self._hooks:
             hook.remove()
-
-    def _enter_module(self, module: torch.nn.Module, _: object) -> None:
-        self._stack.append(self._names.get(id(module), ""))
 
     def _leave_module(self, *_: object) -> None:
         self._stack.pop()

@@ -46,10 +46,6 @@ class Shaped:
         """Returns a tensor of other dimensions that shares the block."""
         return Shaped(self.storage, dims, self.width, self.node, self.slot)
 
-    def detached(self) -> Shaped:
-        """Returns a tensor without a gradient that shares the block."""
-        return Shaped(self.storage, self.dims, self.width)
-
 
 Gradients = list["Shaped | None"]
 Backward = Callable[[list[Any], Sequence[Any]], Gradients]
@@ -168,9 +164,9 @@ class Tape:
             self._known[dims, width] = known
         return known
 
-    def parameter(self, name: str, dims: Dims, width: float, kind: str, term: str, *, trained: bool) -> Shaped:
-        """Returns a weight. A trained one collects a gradient."""
-        tensor = self.new(dims, width, kind, term)
+    def parameter(self, name: str, dims: Dims, width: float, kind: str, term: str = "", *, trained: bool) -> Shaped:
+        """Returns a weight, whose term is by default the last part of its name. A trained one collects a gradient."""
+        tensor = self.new(dims, width, kind, term or name.rpartition(".")[2])
         tensor.storage.block.module = name
         if trained:
             tensor.node = _Leaf(name)
@@ -208,11 +204,7 @@ class Tape:
         return output
 
     def record(
-        self,
-        inputs: Sequence[Shaped],
-        outputs: Sequence[Shaped],
-        backward: Backward | None,
-        saves: Sequence[Any] = (),
+        self, inputs: Sequence[Shaped], outputs: Sequence[Shaped], backward: Backward | None, saves: Sequence[Any] = ()
     ) -> None:
         """Records an operation and its outputs on the tape if any input needs a gradient."""
         if not self.training:
@@ -228,14 +220,13 @@ class Tape:
                 return [self.new(*shape) if shape else None for shape in shapes]
 
         node = _Node(self._order, self.module, edges, backward, len(outputs))
-        if self._rerun is not None:
-            self._keep(saves)
-            node.saved = saves
-        elif self._frame is not None:
+        if self._frame is not None:
             if any(tensor is not None for tensor in saves):
                 node.frame, self._frame.last = self._frame, len(self._frame.nodes)
             self._frame.nodes.append(weakref.ref(node))
         else:
+            if self._rerun is not None:
+                self._keep(saves)
             node.saved = saves
         for slot, output in enumerate(outputs):
             output.node, output.slot = node, slot

@@ -86,7 +86,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def tensors_of(*owners: Any) -> list[torch.Tensor]:
-    """Returns the tensors of models (with gradients and quantisation states), optimizers and batches."""
+    """Returns the tensors of models (with gradients and quantisation states) and of batches."""
     tensors: list[torch.Tensor] = []
     for owner in owners:
         if isinstance(owner, torch.nn.Module):
@@ -96,8 +96,6 @@ def tensors_of(*owners: Any) -> list[torch.Tensor]:
                     tensors.append(parameter.grad)
                 tensors += quantisation_tensors(parameter)
             tensors += list(owner.buffers())
-        elif isinstance(owner, torch.optim.Optimizer):
-            tensors += [v for state in owner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
         else:
             tensors += [v for v in vars(owner).values() if isinstance(v, torch.Tensor)]
     return tensors

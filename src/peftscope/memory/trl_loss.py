@@ -91,14 +91,11 @@ def _loss_of(beside: Beside, logits: torch.Tensor, weight: torch.Tensor, respons
         return logits[:, -1, 0].float()
     if beside.job != "orpo":
         return _log_probs(logits)
-    nll = _chosen_loss(logits)
-    return _log_probs(logits).float() + nll
-
-
-def _chosen_loss(logits: torch.Tensor) -> torch.Tensor:
-    """Returns ORPO's cross-entropy of the chosen answers, the first half of the rows; their last position counts."""
+    # The cross-entropy of the chosen answers, the first half of the rows; their last position counts.
     chosen = logits[: len(logits) // 2].clone().flatten(0, 1)
-    return functional.cross_entropy(chosen, torch.zeros(len(chosen), dtype=torch.int64))
+    nll = functional.cross_entropy(chosen, torch.zeros(len(chosen), dtype=torch.int64))
+    del chosen
+    return _log_probs(logits).float() + nll
 
 
 def take_job(trained: TrainedModel, beside: Beside, responses: int, reference: Any = None) -> None:

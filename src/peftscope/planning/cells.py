@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from peftscope.hardware.device import Device
 from peftscope.planning.experiment import A_A_SHIFT, Entrant, Experiment, Study
 
 
@@ -26,6 +27,16 @@ class Cell:
     varies: set[str]
     values: dict[str, Any]
     origins: dict[str, str] = field(default_factory=dict)
+
+
+def plain_cells(experiment: Experiment, device: Device) -> Iterator[Cell]:
+    """Yields the cells of an experiment on a device, but for those of a study."""
+    yield from listed_cells(experiment.runs, "runs", experiment.seeds[0])
+    if experiment.axes or experiment.linked or not (experiment.runs or experiment.ladders or experiment.study):
+        yield from grid_cells(experiment)
+    yield from ladder_cells(experiment)
+    if device == "cuda":
+        yield from listed_cells(experiment.card_runs, "card_runs", experiment.seeds[0])
 
 
 def count_cells(experiment: Experiment) -> int:
@@ -48,11 +59,11 @@ def count_cells(experiment: Experiment) -> int:
     return count
 
 
-def listed_cells(experiment: Experiment, key: Literal["runs", "card_runs"] = "runs") -> Iterator[Cell]:
-    """Yields the cells of ``runs``, or of ``card_runs``: each one as it stands."""
-    for index, values in enumerate(getattr(experiment, key)):
+def listed_cells(runs: Sequence[dict[str, Any]], key: str, seed: int) -> Iterator[Cell]:
+    """Yields the cells of runs that an experiment lists under a key: each one as it stands."""
+    for index, values in enumerate(runs):
         origins = {name: f"{key}[{index}].{name}" for name in values}
-        yield Cell(key, set(values), {"seed": experiment.seeds[0], **values}, origins)
+        yield Cell(key, set(values), {"seed": seed, **values}, origins)
 
 
 def grid_cells(experiment: Experiment) -> Iterator[Cell]:
@@ -69,7 +80,7 @@ def grid_cells(experiment: Experiment) -> Iterator[Cell]:
         factors.append([({"seed": seed}, {"seed": f"seeds[{i}]"}) for i, seed in enumerate(experiment.seeds)])
     varies = {key for factor in factors for values, _ in factor for key in values}
     if "method" in varies:
-        varies |= _method_settings(experiment)
+        varies.update(*experiment.methods.values())
     for parts in itertools.product(*factors):
         values, origins = {}, {}
         for part, places in parts:
@@ -87,10 +98,6 @@ def ladder_cells(experiment: Experiment) -> Iterator[Cell]:
                 origins = {**centre, key: f"ladders[{n}].axes.{key}[{i}]"}
                 for seed in ladder.seeds or experiment.seeds:
                     yield Cell(f"ladder-{n}-{key}", {key}, {"seed": seed, **ladder.centre, key: step}, origins)
-
-
-def _method_settings(experiment: Experiment) -> set[str]:
-    return {key for settings in experiment.methods.values() for key in settings}
 
 
 TUNING = "tune-"
@@ -141,7 +148,7 @@ def _seeded(entrant: Entrant) -> set[str]:
 def arm_cells(experiment: Experiment, study: Study, rates: dict[str, float | None]) -> Iterator[Cell]:
     """Yields what a study compares: each arm whose rate was chosen, and beside it its controls."""
     varies = {"learning_rate", *(key for fields in study.arms.values() for key in fields)}
-    varies |= _method_settings(experiment) | ({"init_seed"} if study.a_a else set())
+    varies.update(*experiment.methods.values(), ["init_seed"] if study.a_a else [])
     for entrant in study.entrants:
         rate = rates[entrant.name]
         for values in _pair_values(study, entrant, rate) if rate is not None else ():

@@ -36,15 +36,10 @@ class JobDemands:
 
     def __init__(self, workflow: Workflow) -> None:
         self._workflow = workflow
-        self._bytes: dict[tuple[str, str], int] = {}
 
     def memory_mb(self, wildcards: Any, attempt: int) -> int:
         """Returns the host memory that a run asks for, in megabytes."""
-        spec = self._workflow.spec(wildcards)
-        key = (memory_key(spec), spec.task)  # how long a task's items are counts here
-        if key not in self._bytes:
-            self._bytes[key] = host_bytes(spec)
-        return math.ceil(self._bytes[key] * attempt / 10**6)
+        return math.ceil(host_bytes(self._workflow.spec(wildcards)) * attempt / 10**6)
 
     def minutes(self, wildcards: Any, attempt: int) -> int:
         """Returns the minutes after which a run may be stopped."""
@@ -53,7 +48,18 @@ class JobDemands:
         return max(SHORTEST_MINUTES, math.ceil(SLOWER * seconds / 60)) * attempt
 
 
+_known: dict[tuple[str, str], int] = {}
+
+
 def host_bytes(spec: RunSpec) -> int:
+    """Returns the host memory that a run needs, which is asked once for all runs that take the same memory."""
+    key = (memory_key(spec), spec.task)  # how long a task's items are counts here
+    if key not in _known:
+        _known[key] = _host_bytes(spec)
+    return _known[key]
+
+
+def _host_bytes(spec: RunSpec) -> int:
     """Returns the host memory that a run needs: on a card, each of its processes loads the weights through there."""
     shape = find_model(spec.model).shape
     if shape is None:

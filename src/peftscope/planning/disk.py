@@ -48,12 +48,10 @@ def _download_bytes(entry: BaseModelEntry) -> int:
     return 2 * parameters
 
 
-def check_disk(
-    runs: dict[str, RunSpec], free_bytes: int | None = None, kept: Mapping[str, int] | None = None
-) -> list[Problem]:
+def check_disk(runs: dict[str, RunSpec], kept: Mapping[str, int] | None = None) -> list[Problem]:
     """Returns a problem if downloads and results would not fit on the disk; ``kept`` as in ``disk_bytes``."""
     needed = disk_bytes(runs, kept)
-    free = shutil.disk_usage(Path()).free if free_bytes is None else free_bytes
+    free = shutil.disk_usage(Path()).free
     if free >= needed:
         return []
     message = f"{spoken_bytes(free, 1)} are free, downloads and results need about {spoken_bytes(needed, 1)}"

@@ -155,6 +155,8 @@ class Study(Strict):
                     f"{what}: {', '.join(sorted(wrong))}; each arm ({', '.join(self.arms)}) stands once in "
                     f"{', '.join(RATES_OF_ARMS[:-1])} or {RATES_OF_ARMS[-1]}"
                 )
+        if unknown := (set(self.controls) | ({self.a_a} if self.a_a else set())) - set(self.arms):
+            raise ValueError(f"controls and a_a name no arm: {', '.join(sorted(unknown))}")
         if reserved := [arm for arm in self.arms if arm.endswith(A_A)]:
             raise ValueError(f"arms {', '.join(reserved)}: names that end in {A_A} are those of the A/A pairs")
         if self.reference not in (*self.learning_rates, *self.chosen_rates):
@@ -181,8 +183,6 @@ class Study(Strict):
             raise ValueError("tuning_seeds and seeds must not overlap: no run chooses the centre and is judged as well")
         if strange := set(self.control_seeds or ()) - set(self.seeds):
             raise ValueError(f"control_seeds must be among the seeds (got {', '.join(map(str, sorted(strange)))})")
-        if unknown := (set(self.controls) | ({self.a_a} if self.a_a else set())) - set(self.arms):
-            raise ValueError(f"controls and a_a name no arm: {', '.join(sorted(unknown))}")
         if unknown := {arm for pair in self.contrasts for arm in pair} - set(self.arms):
             raise ValueError(f"contrasts name no arm: {', '.join(sorted(unknown))}")
         # Every arm is compared with the reference, and none with itself.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -21,14 +21,7 @@ from peftscope.memory.question import Question
 from peftscope.memory.shares import RESIDENT
 from peftscope.models.catalog import find_model
 from peftscope.models.shapes import ModelShape
-from peftscope.planning.estimate import (
-    BENCHMARK_ITEMS,
-    BENCHMARK_TOKENS,
-    GENERATING,
-    estimate_seconds,
-    evaluated_tokens,
-    measured_runs,
-)
+from peftscope.planning import estimate
 from peftscope.sizing.changes import mildest_change, values_of
 from peftscope.sizing.speed import StepTime, step_time
 from peftscope.spec import RunSpec, memory_key
@@ -142,8 +135,10 @@ class Forecaster:
         """Returns what records of such a card took over what is predicted for them, if possible of the same method."""
         here = [
             (record, before, shape)
-            for record, before in _measured_specs()
-            if before.device == "cuda"
+            for record in estimate.measured_runs()
+            if (before := RunSpec.model_validate(record["spec"])).device == "cuda"
+            and before.method.trains
+            and record["seconds"]["train"] > 0
             and known_card(str(record["provenance"]["hardware"].get("gpu"))) == self.gpu
             and (shape := find_model(before.model).shape)
         ]
@@ -161,11 +156,11 @@ class Forecaster:
         shape = find_model(spec.model).shape
         if shape is None:
             rates = Rates(self.speed.bf16_flops, self.speed.memory_bytes, casts=False)
-            return estimate_seconds(spec, lambda _: rates)
+            return estimate.estimate_seconds(spec, lambda _: rates)
         step = self._step(spec, shape)
         training = spec.steps * step.seconds if spec.method.trains else 0.0
         token = step.forward_seconds * spec.gradient_accumulation / step.tokens
-        seconds = training + evaluated_tokens(spec) * token
+        seconds = training + estimate.evaluated_tokens(spec) * token
         seconds += _answers(spec) / spec.eval_batch_size * ANSWER_TOKENS * _token_seconds(spec, shape, token)
         seconds *= median(self.measured_ratios(spec) or [1.0])
         seconds += START_SECONDS + 2 * shape.parameters / LOAD_BYTES_PER_SECOND
@@ -180,18 +175,10 @@ class Forecaster:
         return step_time(question, self.speed)
 
 
-def _measured_specs() -> Iterator[tuple[dict[str, Any], RunSpec]]:
-    """Yields the measured runs that trained, with their specs."""
-    for record in measured_runs():
-        spec = RunSpec.model_validate(record["spec"])
-        if spec.method.trains and record["seconds"]["train"] > 0:
-            yield record, spec
-
-
 def _answers(spec: RunSpec) -> int:
     """Returns the number of generated answers."""
-    items = spec.benchmark_items or BENCHMARK_ITEMS
-    return spec.generation_items + items * sum(name in GENERATING for name in spec.benchmarks)
+    items = spec.benchmark_items or estimate.BENCHMARK_ITEMS
+    return spec.generation_items + items * sum(name in estimate.GENERATING for name in spec.benchmarks)
 
 
 def _token_seconds(spec: RunSpec, shape: ModelShape, token: float) -> float:
@@ -203,8 +190,8 @@ def _token_seconds(spec: RunSpec, shape: ModelShape, token: float) -> float:
 
 def _context(spec: RunSpec) -> int:
     """Returns the number of tokens of the longest question."""
-    long = any(name in GENERATING for name in spec.benchmarks)
-    return max(BENCHMARK_TOKENS if long else 0, spec.seq_len if spec.generation_items else 0)
+    long = any(name in estimate.GENERATING for name in spec.benchmarks)
+    return max(estimate.BENCHMARK_TOKENS if long else 0, spec.seq_len if spec.generation_items else 0)
 
 
 def _cache_bytes(spec: RunSpec, shape: ModelShape) -> int:

@@ -11,8 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peftscope.data.benchmarks import benchmark_folder
-from peftscope.data.tasks import find_task, task_folder
+from peftscope.data.tasks import find_task
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.storage import STORAGE_REMEDIES
 from peftscope.hardware.bf16 import chosen_way
@@ -20,10 +19,9 @@ from peftscope.hardware.device import Device, detect_device
 from peftscope.layout import record_path, run_folder, tuned_path
 from peftscope.models.catalog import model_folder
 from peftscope.planning.cells import ARM, RATES
-from peftscope.planning.checks import check_compiler, check_runs, check_unchanged
+from peftscope.planning.checks import check_compiler, check_runs, check_starts, check_unchanged, inputs
 from peftscope.planning.disk import check_disk
 from peftscope.planning.experiment import experiment_path
-from peftscope.planning.starts import check_starts
 from peftscope.planning.sweep import ROUNDS, Sweep, expand, runs_to_choose_from
 from peftscope.record import measured_path
 from peftscope.spec import RunSpec
@@ -258,8 +256,7 @@ class Workflow:
         if wildcards.run_id not in self.runs:
             for plan in self.plans.values():
                 if plan.is_study:
-                    plan.expand_again()
-            self._gather()
+                    self._expand_again(plan)
         try:
             return self.runs[wildcards.run_id]
         except KeyError:
@@ -274,10 +271,8 @@ class Workflow:
     def needed(self, wildcards: Any) -> list[str]:
         """Returns the files that say that what a run reads is there: its model, data and benchmarks, and its start."""
         spec = self.spec(wildcards)
-        benchmarks = [benchmark_folder(name) for name in spec.benchmarks]
-        folders = [model_folder(spec.model, spec.revision), task_folder(spec.task), *benchmarks]
         start = [spec.start_from] if spec.start_from else []
-        return [*((folder / "manifest.json").as_posix() for folder in folders), *_records(start)]
+        return [*((one.folder / "manifest.json").as_posix() for one in inputs(spec)), *_records(start)]
 
     @cached_property
     def _models(self) -> dict[str, tuple[str, str | None]]:

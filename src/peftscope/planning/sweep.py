@@ -13,18 +13,7 @@ from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.hardware.device import Device
 from peftscope.layout import rates_path, tuned_path
 from peftscope.methods import METHODS
-from peftscope.planning.cells import (
-    RATES,
-    TUNING,
-    Cell,
-    arm_cells,
-    count_cells,
-    grid_cells,
-    ladder_cells,
-    listed_cells,
-    rate_cells,
-    tuning_cells,
-)
+from peftscope.planning.cells import RATES, TUNING, Cell, arm_cells, count_cells, plain_cells, rate_cells, tuning_cells
 from peftscope.planning.experiment import Entrant, Experiment, Study, around, experiment_path, read_experiment
 from peftscope.planning.resolve import RUN_FIELDS, Resolver, flat_fields
 from peftscope.spec import RunSpec, run_id
@@ -155,12 +144,7 @@ def expand(name: str, device: Device = "cpu", *, assume_rates: bool = False) -> 
     experiment = read_experiment(path)
     _check_size(experiment, path)
     expansion = _Expansion(Resolver(experiment, path, device))
-    expansion.add(listed_cells(experiment))
-    if experiment.axes or experiment.linked or not (experiment.runs or experiment.ladders or experiment.study):
-        expansion.add(grid_cells(experiment))
-    expansion.add(ladder_cells(experiment))
-    if device == "cuda":
-        expansion.add(listed_cells(experiment, "card_runs"))
+    expansion.add(plain_cells(experiment, device))
     if study := experiment.study:
         _add_study(expansion, name, experiment, study, assume_rates)
     return expansion.sweep(name)

@@ -133,7 +133,8 @@ def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin:
     ahead = interval(pairing.mean, *difference.interval(), lambda v: signed(_scale(unit) * v, _form(unit)), name)
     yield f"A against B: {ahead} ({100 * CONFIDENCE:g} % interval), from {seen}. Above zero, A is better."
     differs = pairing.p < 1 - CONFIDENCE
-    exact = f" by exact sign flips, because {FEW} items or fewer differ" if _is_exact(pairing) else ""
+    is_exact = pairing.seeds == 1 and int((pairing.by_item != 0).sum()) <= FEW
+    exact = f" by exact sign flips, because {FEW} items or fewer differ" if is_exact else ""
     yield (
         f"Chance: A is {spoken_side(pairing.mean)}, and this can be told from chance (p = {pairing.p:.2g}{exact})."
         if differs
@@ -187,10 +188,6 @@ def ranking_json(ranking: Ranking, spread: float | None, unit: str, chances: Tru
         "pairs_that_could_be_chance_after_holm": ranking.undecided(corrected=True),
         "chances_of_single_runs": asdict(chances) if chances else None,
     }
-
-
-def _is_exact(pairing: Pairing) -> bool:
-    return pairing.seeds == 1 and int((pairing.by_item != 0).sum()) <= FEW
 
 
 def _runs(side: Sequence[Scored]) -> str:

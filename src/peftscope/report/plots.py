@@ -20,21 +20,9 @@ import seaborn as sns
 from peftscope.analysis.collect import read_runs
 from peftscope.errors import InputError, Problem, shown
 from peftscope.layout import results_folder
+from peftscope.report import tables
 from peftscope.report.looks import BLUE, GREY, SKY, Look, looks
 from peftscope.report.svg import INK, OWN_COLOURS, STYLE, svg_of
-from peftscope.report.tables import (
-    FEWEST_FOR_MEANS,
-    PREDICTED_PEAK,
-    grid_runs,
-    is_crowded,
-    is_judged_on_training,
-    ladder_summary,
-    ladders,
-    method_summary,
-    predictions,
-    variants,
-    with_peaks,
-)
 from peftscope.words import MIB
 
 PHASES = {"load": "load and initialise", "train": "train", "evaluate": "evaluate"}
@@ -68,7 +56,7 @@ def write_figures(experiment: str) -> None:
     draw_figure(folder / "throughput.svg", lambda axes: draw_throughput(axes, runs))
     draw_figure(folder / "losses.svg", lambda axes: draw_losses(axes, runs, losses))
     draw_figure(folder / "prediction.svg", lambda axes: draw_prediction(axes, runs))
-    for field in ladders(runs):
+    for field in tables.ladders(runs):
         draw_figure(folder / f"ladder-{field}.svg", partial(draw_ladder, runs=runs, field=field))
 
 
@@ -86,12 +74,25 @@ def new_figure(path: Path, width: float, height: float, columns: int = 1, **grid
     """Yields the axes of a new figure, and then writes it. An SVG follows the colours of its page, a PNG is on white.
 
     ``columns`` axes stand beside each other, and ``grid`` goes to ``plt.subplots``, ``nrows`` too. Sizes are in inches.
+
+    Raises:
+        InputError: The path ends as no picture does.
     """
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     with plt.rc_context(STYLE if path.suffix == ".svg" else {}):
         figure, axes = plt.subplots(ncols=columns, figsize=(width, height), layout="constrained", **grid)
         yield axes
-        save(figure, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix and path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+            plt.close(figure)
+            raise InputError(Problem(str(path), f"no kind of picture (got {shown(path.suffix)})", "use .png or .svg"))
+        if path.suffix == ".svg":
+            opening, _, rest = svg_of(figure, path.stem).partition(">")
+            path.write_text(f"{opening}>{OWN_COLOURS}{rest}")
+            return
+        # Without a software version in the file, the same data give the same bytes.
+        figure.savefig(path, dpi=130, metadata={"Software": None})
+        plt.close(figure)
 
 
 def _more_height(axes: plt.Axes) -> float:
@@ -101,28 +102,9 @@ def _more_height(axes: plt.Axes) -> float:
     return INCHES_A_NAME * (max(0, len(axes.get_yticks()) - FITTING_NAMES) + max(0, rows - FITTING_ROWS))
 
 
-def save(figure: plt.Figure, path: Path) -> None:
-    """Writes a figure as SVG or PNG, as its path says, and closes it.
-
-    Raises:
-        InputError: The path ends as no picture does.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix and path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
-        plt.close(figure)
-        raise InputError(Problem(str(path), f"no kind of picture (got {shown(path.suffix)})", "use .png or .svg"))
-    if path.suffix == ".svg":
-        opening, _, rest = svg_of(figure, path.stem).partition(">")
-        path.write_text(f"{opening}>{OWN_COLOURS}{rest}")
-        return
-    # Without a software version in the file, the same data give the same bytes.
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
-
-
 def _with_names(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns the rows with a column ``variant``, which is only the method if there are too many variants."""
-    names = runs["label"] if is_crowded(runs) else variants(runs)
+    names = runs["label"] if tables.is_crowded(runs) else tables.variants(runs)
     return runs.assign(variant=names.map(lambda name: fill(name, LABEL_WIDTH)))
 
 
@@ -131,11 +113,11 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
 
     If there are too many variants to label, each point looks as its method does. Hollow points are predicted peaks.
     """
-    methods = method_summary(runs)
+    methods = tables.method_summary(runs)
     if methods.empty:
         return
-    crowded = is_crowded(methods)
-    trained = with_peaks(_with_names(methods)).dropna(subset=["heldout_nll", "peak"])
+    crowded = tables.is_crowded(methods)
+    trained = tables.with_peaks(_with_names(methods)).dropna(subset=["heldout_nll", "peak"])
     styles = variant_looks(trained)
     for variant, rows in trained.groupby("variant", sort=False):
         colour, marker, _ = styles[str(variant)]
@@ -145,9 +127,9 @@ def draw_pareto(axes: plt.Axes, runs: pd.DataFrame) -> None:
             axes.plot(rows["peak"] / MIB, rows["heldout_nll"], marker, ms=5, alpha=0.6, **named)
             continue
         (row,) = rows.to_dict("records")
-        if row["n"] != FEWEST_FOR_MEANS - 1:
+        if row["n"] != tables.FEWEST_FOR_MEANS - 1:
             reach = None
-            if row["n"] >= FEWEST_FOR_MEANS:
+            if row["n"] >= tables.FEWEST_FOR_MEANS:
                 mean, low, high = (row[f"heldout_nll{end}"] for end in ("", "_low", "_high"))
                 reach = [[mean - low], [high - mean]]
             axes.errorbar(row["peak"] / MIB, row["heldout_nll"], yerr=reach, fmt=marker, ms=8, capsize=3, **named)
@@ -169,12 +151,12 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
 
     If no run of a variant was probed, the peak of its training is the predicted one, hatched.
     """
-    grid = _with_names(grid_runs(runs))
+    grid = _with_names(tables.grid_runs(runs))
     columns = {f"{phase}_peak_tensor_bytes": label for phase, label in PHASES.items()}
     unprobed = grid.groupby("variant")["train_peak_tensor_bytes"].transform("count") == 0 if len(grid) else None
-    if PREDICTED_PEAK in grid and unprobed is not None and unprobed.any():
-        grid = grid.assign(**{PREDICTED_PEAK: grid[PREDICTED_PEAK].where(unprobed)})
-        columns[PREDICTED_PEAK] = "train, predicted"
+    if tables.PREDICTED_PEAK in grid and unprobed is not None and unprobed.any():
+        grid = grid.assign(**{tables.PREDICTED_PEAK: grid[tables.PREDICTED_PEAK].where(unprobed)})
+        columns[tables.PREDICTED_PEAK] = "train, predicted"
     long = grid.melt(id_vars="variant", value_vars=list(columns), var_name="phase", value_name="bytes")
     long = long.dropna(subset=["bytes"])
     if long.empty:
@@ -187,7 +169,7 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
         y="variant",
         hue="phase",
         hue_order=phases,
-        errorbar=("pi", 100) if is_crowded(grid_runs(runs)) else None,
+        errorbar=("pi", 100) if tables.is_crowded(tables.grid_runs(runs)) else None,
         err_kws=RANGE,
         linewidth=0,
         ax=axes,
@@ -202,14 +184,14 @@ def draw_memory(axes: plt.Axes, runs: pd.DataFrame) -> None:
 
 def draw_throughput(axes: plt.Axes, runs: pd.DataFrame) -> None:
     """Draws tokens per second by method: its runs as points, and their mean as a line from three runs on."""
-    grid = _with_names(grid_runs(runs)).dropna(subset=["tokens_per_second"])
+    grid = _with_names(tables.grid_runs(runs)).dropna(subset=["tokens_per_second"])
     styles = variant_looks(grid) if len(grid) else {}
     for place, (variant, rows) in enumerate(grid.groupby("variant", sort=False)):
         colour, marker, _ = styles[str(variant)]
         speeds = rows["tokens_per_second"]
         axes.plot([0, speeds.max()], [place, place], color=colour, linewidth=1, alpha=0.5)
         axes.plot(speeds, [place] * len(speeds), marker, ms=7, color=colour, alpha=max(0.3, 1 / len(speeds) ** 0.5))
-        if len(speeds) >= FEWEST_FOR_MEANS:
+        if len(speeds) >= tables.FEWEST_FOR_MEANS:
             axes.plot([speeds.mean()] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2)
     if len(grid):
         names = grid["variant"].unique()  # in the order of the groups
@@ -224,16 +206,16 @@ def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> Non
 
     If there are too many variants to label, a line is the median of a method's runs, and the band their middle half.
     """
-    grid = _with_names(grid_runs(runs))
+    grid = _with_names(tables.grid_runs(runs))
     curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna(subset=["nll_nats_per_token"])
     if curves.empty:
         return
-    crowded, styles = is_crowded(grid_runs(runs)), variant_looks(grid)
+    crowded, styles = tables.is_crowded(tables.grid_runs(runs)), variant_looks(grid)
     for variant, rows in curves.groupby("variant", sort=False):
         look = styles[str(variant)]
         wide = rows.pivot_table(index="step", columns="run_id", values="nll_nats_per_token")
         line = look.line | {"markersize": 5, "linewidth": 1.3, "markevery": max(1, len(wide) // 6)}
-        if wide.shape[1] < FEWEST_FOR_MEANS:
+        if wide.shape[1] < tables.FEWEST_FOR_MEANS:
             for column, label in zip(wide, [variant, None], strict=False):
                 axes.plot(wide.index, wide[column], label=label, **line)
             continue
@@ -247,7 +229,7 @@ def draw_losses(axes: plt.Axes, runs: pd.DataFrame, losses: pd.DataFrame) -> Non
 
 def draw_prediction(axes: plt.Axes, runs: pd.DataFrame) -> None:
     """Draws measured against predicted peaks, with a point per run and peak. On the line they are equal."""
-    found = predictions(runs)
+    found = tables.predictions(runs)
     # On a CPU, the peak of training equals the peak of one of its phases.
     found = found[(found["device"] != "cpu") | (found["peak"] != "training")]
     if found.empty:
@@ -297,24 +279,24 @@ class _FewNumbers(mpl.ticker.LogFormatter):
 
 def draw_ladder(axes: plt.Axes, runs: pd.DataFrame, field: str) -> None:
     """Draws held-out loss along the ladders over one field, with bars over seeds if there are several."""
-    ladder = ladder_summary(runs)
+    ladder = tables.ladder_summary(runs)
     ladder = ladder[ladder["field"] == field].dropna(subset=["heldout_nll"])
     if ladder.empty:
         return
-    loss = LOSS.replace("held-out NLL", "NLL of trained items") if is_judged_on_training(runs) else LOSS
+    loss = LOSS.replace("held-out NLL", "NLL of trained items") if tables.is_judged_on_training(runs) else LOSS
     numeric = pd.to_numeric(ladder["value"], errors="coerce")
     is_number = bool(numeric.notna().all())
     styles = looks(dict(zip(ladder["line"], ladder["label"], strict=True)))
     for line, rungs in ladder.assign(x=numeric if is_number else ladder["value"]).groupby("line", sort=False):
         # Names have no natural order, so they are sorted by size and not joined by a line.
         rungs = rungs.sort_values("x" if is_number else "trained_parameters")
-        losses, several = rungs["heldout_nll"].astype(float), rungs["n"] >= FEWEST_FOR_MEANS
+        losses, several = rungs["heldout_nll"].astype(float), rungs["n"] >= tables.FEWEST_FOR_MEANS
         reach = (losses - rungs["heldout_nll_low"], rungs["heldout_nll_high"] - losses)
         colour, marker, dash = styles[str(line)]
         style = {"fmt": marker, "linestyle": dash if is_number else "none", "color": colour, "capsize": 3}
         axes.errorbar(rungs["x"], losses, yerr=[side.where(several).fillna(0) for side in reach], label=line, **style)
         for end in ("heldout_nll_least", "heldout_nll_most"):
-            pairs = rungs[rungs["n"] == FEWEST_FOR_MEANS - 1]
+            pairs = rungs[rungs["n"] == tables.FEWEST_FOR_MEANS - 1]
             axes.plot(pairs["x"], pairs[end].astype(float), marker, ms=4, color=colour)
     if is_number and (numeric > 0).all():
         axes.set_xscale("log", base=2)

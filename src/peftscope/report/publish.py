@@ -114,11 +114,13 @@ def publish_experiment(experiment: str) -> list[Path]:
     results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
     if not (source / "all-runs-ended-well").is_file():
         _write_unfinished(experiment)
-    _keep_directions(experiment)
+    directions = directions_path(experiment)
+    if (before := results / directions.name).is_file() and not directions.is_file():
+        shutil.copyfile(before, directions)  # what claims measured on a study's adapters, which are not here
     wanted = [
         source / "runs.csv",
         *_chosen_rates(source),
-        *filter(Path.is_file, [directions_path(experiment)]),
+        *filter(Path.is_file, [directions]),
         *(path for kind in ("csv", "parquet", "md") for path in sorted(source.glob(f"tables/*.{kind}"))),
         *sorted(source.glob("figures/*.svg")),
     ]
@@ -160,14 +162,6 @@ def _write_unfinished(experiment: str) -> None:
 def _chosen_rates(folder: Path) -> list[Path]:
     """Returns the files in a folder of results that say which learning rates a study chose."""
     return [*sorted(folder.glob("rates-*.json")), *folder.glob("tuned.json")]
-
-
-def _keep_directions(experiment: str) -> None:
-    """Copies what claims measured on a study's adapters from the published folder, if the adapters are not here."""
-    path = directions_path(experiment)
-    before = PUBLISHED_RESULTS / experiment / path.name
-    if before.is_file() and not path.is_file():
-        shutil.copyfile(before, path)
 
 
 def restore(experiment: str) -> int:

@@ -9,18 +9,7 @@ import pandas as pd
 from peftscope.analysis.compare import Outcome
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import MARGIN
-from peftscope.report.tables import (
-    FEWEST_FOR_MEANS,
-    grid_runs,
-    is_crowded,
-    is_judged_on_training,
-    ladder_summary,
-    ladders,
-    method_summary,
-    predictions,
-    variants,
-    with_peaks,
-)
+from peftscope.report import tables
 from peftscope.words import MIB, capitalised, formatted, plain
 
 NOTHING = "No finished run has measured this."
@@ -79,11 +68,11 @@ def _pareto(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     if least != most:
         said += f"; {leanest} trained in the least memory, {least} MiB, against {most} MiB for {largest}"
     said += ". "
-    if is_crowded(method_summary(runs)):
+    if tables.is_crowded(tables.method_summary(runs)):
         said += "Each point is a setting, the mean of its runs; colours are methods. "
-    elif n == FEWEST_FOR_MEANS - 1:
+    elif n == tables.FEWEST_FOR_MEANS - 1:
         said += "Points are runs. "
-    elif n >= FEWEST_FOR_MEANS:
+    elif n >= tables.FEWEST_FOR_MEANS:
         said += f"Points are means, bars {100 * CONFIDENCE:g} % intervals over {n} seeds (cut at the frame). "
     if trained["is_predicted"].any():
         said += "Hollow points stand at the predicted peak, because no run was probed for its memory. "
@@ -107,7 +96,7 @@ def _memory(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     said += "Loading includes the method's initialisation."
     if trained["is_predicted"].any():
         said += " Hatched bars are predicted peaks, because no run was probed for its memory."
-    if is_crowded(grid_runs(runs)):
+    if tables.is_crowded(tables.grid_runs(runs)):
         said += " Bars are means over the runs of a method; lines go from its least to its most."
     return said
 
@@ -121,7 +110,7 @@ def _throughput(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
         return ""
     speed = trained["tokens_per_second"]
     fast, slow = trained.loc[speed.idxmax(), "label"], trained.loc[speed.idxmin(), "label"]
-    means = ", upright lines are means" if int(trained["n"].max()) >= FEWEST_FOR_MEANS else ""
+    means = ", upright lines are means" if int(trained["n"].max()) >= tables.FEWEST_FOR_MEANS else ""
     return (
         f"{fast} trained fastest, {speed.max():,.0f} tokens per second in the median; {slow} slowest, "
         f"{speed.min():,.0f}. Each point is a run{means}. Padding is not counted."
@@ -130,8 +119,8 @@ def _throughput(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
 
 def _losses(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     """Returns the methods with the lowest and the highest training loss at the last step, averaged over seeds."""
-    grid = grid_runs(runs)
-    grid = grid.assign(variant=variants(grid))
+    grid = tables.grid_runs(runs)
+    grid = grid.assign(variant=tables.variants(grid))
     curves = losses.merge(grid[["run_id", "variant"]], on="run_id").dropna(subset=["nll_nats_per_token"])
     if curves.empty:
         return ""
@@ -145,15 +134,15 @@ def _losses(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     else:
         said += f"On the last step {lowest} had the lowest training loss, {final.min():.3f} nats per token, "
         said += f"and {highest} the highest, {final.max():.3f}; "
-    if is_crowded(grid):
+    if tables.is_crowded(grid):
         return f"{said}lines are medians over the runs of a method, bands hold their middle half."
-    several = grid.groupby("variant")["seed"].nunique().max() >= FEWEST_FOR_MEANS
+    several = grid.groupby("variant")["seed"].nunique().max() >= tables.FEWEST_FOR_MEANS
     return said + ("lines are means, bands span the seeds." if several else "each line is a run.")
 
 
 def _prediction(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     """Returns the errors of the predicted training peaks, in percent."""
-    found = predictions(runs)
+    found = tables.predictions(runs)
     training = found[found["peak"] == "training"]
     if training.empty:
         return ""
@@ -168,14 +157,14 @@ def _prediction(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
 
 def _ladder(runs: pd.DataFrame, field: str) -> str:
     """Returns the best and the worst rung of a ladder."""
-    ladder = ladder_summary(runs)
+    ladder = tables.ladder_summary(runs)
     ladder = ladder[ladder["field"] == field].dropna(subset=["heldout_nll"])
     if ladder.empty:
         return ""
     values, name = ladder["heldout_nll"].astype(float), field.replace("_", " ")
     best, worst = (plain(ladder.loc[place, "value"]) for place in (values.idxmin(), values.idxmax()))
-    said = f"Only {name} varies" if len(ladders(runs)[field]) == 1 else f"Each ladder varies {name} alone"
-    judged = "loss on the trained items" if is_judged_on_training(runs) else "held-out loss"
+    said = f"Only {name} varies" if len(tables.ladders(runs)[field]) == 1 else f"Each ladder varies {name} alone"
+    judged = "loss on the trained items" if tables.is_judged_on_training(runs) else "held-out loss"
     said += f", all else stays at the centre. The lowest {judged} was {values.min():.3f} nats per token at "
     said += f"{best}, the highest {values.max():.3f} at {worst}. "
     n, most = int(ladder["n"].min()), int(ladder["n"].max())
@@ -183,7 +172,7 @@ def _ladder(runs: pd.DataFrame, field: str) -> str:
         return f"{said}Each rung has one seed (n = {most}), so there is no interval and no verdict."
     if n == most:
         return f"{said}Each rung has n = {n} seeds."
-    return f"{said}Rungs have {n} to {most} seeds; bars are drawn from {FEWEST_FOR_MEANS} on."
+    return f"{said}Rungs have {n} to {most} seeds; bars are drawn from {tables.FEWEST_FOR_MEANS} on."
 
 
 FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], str]] = {
@@ -197,10 +186,10 @@ FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame], str]] = {
 
 
 def _trained(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    methods = method_summary(runs)
+    methods = tables.method_summary(runs)
     if methods.empty:
         return methods, methods
-    methods = with_peaks(methods.assign(label=variants(methods)))
+    methods = tables.with_peaks(methods.assign(label=tables.variants(methods)))
     is_base = methods["label"].str.startswith("base")
     return methods[~is_base].dropna(subset=["heldout_nll", "peak"]), methods[is_base]
 

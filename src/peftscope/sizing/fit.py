@@ -92,7 +92,7 @@ class Fit:
 def known_methods(names: str | None) -> list[str]:
     """Returns the methods of a comma-separated list, or all that train and have a closed form if the list is empty.
 
-    A method without one takes as long to simulate as all others together; ``not_searched`` names them.
+    A method without one takes as long to simulate as all others together.
 
     Raises:
         InputError: A method is unknown.
@@ -107,11 +107,6 @@ def known_methods(names: str | None) -> list[str]:
             Problem("methods", f"unknown method (got {name!r})", close_match(name, trained)) for name in unknown
         )
     return chosen
-
-
-def not_searched() -> list[str]:
-    """Returns the methods that train and have no closed form."""
-    return [name for name, method in METHODS.items() if method.trains and not method.closed_form]
 
 
 def fit_methods(
@@ -165,39 +160,33 @@ class Search:
         self._ask = partial(ask, model, gpu=needs.gpu, gpus=gpus)
         self._peaks = partial(peaks_by_formula, traces=needs.traces)
         self.question = self._ask(self._options)
-        simulated = not self.question.has_closed_form
-        self._how: Literal["formula", "simulation"] = "simulation" if simulated else "formula"
-        if simulated:
-            self._asked_peaks = needs.simulated(self.question)
-        else:
-            self._asked_peaks = self._peaks(self.question)
+        formula = self.question.has_closed_form
+        self._how: Literal["formula", "simulation"] = "formula" if formula else "simulation"
+        self._asked_peaks = self._peaks(self.question) if formula else needs.simulated(self.question)
         alive = self._asked_peaks.alive(self._asked_peaks.binding_phase)
         self._components, self._experts = by_kind(alive), unquantised_experts(self.question, alive)
-        formulas = Counter(block.formula for block in alive if block.formula)
-        self._line: list[tuple[float, list[str], int]] = [
-            (*factors(formula), number) for formula, number in formulas.items()
-        ]
+        numbers = Counter(block.formula for block in alive if block.formula)
+        self._line = [(*factors(formula), number) for formula, number in numbers.items()]
 
     def fit(self) -> Fit:
         """Returns whether the method fits, and the largest sizes that fit."""
         peaks, capacity, spec = self._asked_peaks, self.needs.gpu.usable_bytes, self.question.spec
-        needed, fits = peaks.device_bytes, self.needs.gpu.fits(peaks.least_bytes, peaks.device_bytes)
+        room = self.needs.gpu.room(peaks.least_bytes, peaks.device_bytes)
+        fits: Fits = room["fits"]
         asked = Asked(self.question, self.asked)
         remedies = remedies_of(asked, peaks, self.needs, most=1) if fits != "yes" else []
         fit = Fit(
             model=self.model.name,
             method=self.method,
             capacity_bytes=capacity,
-            fits=fits,
+            **room,
             how=self._how,
             peak_allocated_bytes=peaks.allocated_bytes,
             peak_reserved_bytes=peaks.reserved_bytes,
-            peak_device_bytes=needed,
+            peak_device_bytes=peaks.device_bytes,
             binding_phase=peaks.binding_phase,
             phases=peaks.phases,
             components=self._components,
-            headroom_bytes=capacity - needed,
-            missing_bytes=max(0, peaks.least_bytes - capacity),
             advice=remedies[0].words if remedies else "" if fits == "yes" else untested(asked, fits, peaks, capacity),
             advised_device_bytes=remedies[0].peak_device_bytes if remedies else None,
             assumed={
@@ -212,12 +201,13 @@ class Search:
         )
         if self._how == "simulation":
             return fit
+        most = min(LARGEST_RANK, narrowest_target(self.model, spec) or LARGEST_RANK)
         return replace(
             fit,
             largest_batch_size=self.largest("batch_size", LARGEST_BATCH_SIZE),
             largest_tight_batch_size=self.largest("batch_size", LARGEST_BATCH_SIZE, tight=True),
             largest_seq_len=self.largest("seq_len", self.longest()),
-            largest_rank=self._largest_rank(),
+            largest_rank=self.largest("rank", most) if METHODS[self.method].with_rank(1) else None,
         )
 
     def longest(self) -> int:
@@ -261,9 +251,3 @@ class Search:
         question = replace(self.question, spec=spec, responses=usual_responses(spec.seq_len))
         sizes = {**sizes_of(question), "2": 2, "1/G": 1 / question.gpus, "2/G": 2 / question.gpus}
         return sum(number * segment_share(bytes_of(width, names, sizes)) for width, names, number in self._line)
-
-    def _largest_rank(self) -> int | None:
-        if not METHODS[self.method].with_rank(1):
-            return None
-        narrowest = narrowest_target(self.model, self.question.spec) or LARGEST_RANK
-        return self.largest("rank", min(LARGEST_RANK, narrowest))

@@ -51,16 +51,8 @@ def curve(method: str, axis: str) -> pd.DataFrame:
     model, rows = describe_model(MODEL), []
     for value in AXES[axis]:
         peaks = peaks_by_formula(ask(model, options_of_method(method, CENTRE | {axis: value})))
-        rows.append(
-            {
-                "method": method,
-                "axis": axis,
-                "value": value,
-                "allocated_bytes": peaks.allocated_bytes,
-                "reserved_bytes": peaks.reserved_bytes,
-                "device_bytes": peaks.device_bytes,
-            }
-        )
+        sizes = {name: getattr(peaks, name) for name in ("allocated_bytes", "reserved_bytes", "device_bytes")}
+        rows.append({"method": method, "axis": axis, "value": value} | sizes)
     return pd.DataFrame(rows)
 
 

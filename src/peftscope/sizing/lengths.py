@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.content import LARGEST_COUNT
+from peftscope.files.content import LARGEST_COUNT, read_lines
 from peftscope.files.limits import check_characters
 from peftscope.hardware.cards import Fits
 from peftscope.memory.answer import Peaks, peaks_by_formula
@@ -22,7 +22,6 @@ from peftscope.memory.question import Question
 
 SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 """The shares of items whose lengths and peaks an answer lists."""
-SHOWN_LINES = 5
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,11 @@ class LengthsAnswer:
         batch_of: What those are: row or pair.
         capacity_bytes: The memory of the card that CUDA can use; None without a card.
         fits_width: The widest full batch whose tensors fit, up to the longest item; None without a card.
-        fits: Whether the widest batch fits, as ``Gpu.fits`` says it; None without a card.
         quantiles: The lengths of items, once cut, and the peaks of full batches as wide; the last is the widest batch.
         assumptions: The assumptions behind the answer, one sentence each.
+        fits: Whether the widest batch fits, as ``Gpu.fits`` says it; None without a card.
+        headroom_bytes: The memory that it leaves; negative: torch gives back what it caches; None without a card.
+        missing_bytes: The memory that is missing for its tensors; 0 if they fit; None without a card.
     """
 
     model: str
@@ -64,25 +65,15 @@ class LengthsAnswer:
     batch_of: str
     capacity_bytes: int | None
     fits_width: int | None
-    fits: Fits | None
     quantiles: tuple[Quantile, ...]
     assumptions: tuple[str, ...]
-
-    @property
-    def headroom_bytes(self) -> int | None:
-        """The memory that the widest batch leaves; negative: torch gives back what it caches; None without a card."""
-        return None if self.capacity_bytes is None else self.capacity_bytes - self.quantiles[-1].peak_device_bytes
-
-    @property
-    def missing_bytes(self) -> int | None:
-        """The memory that is missing for the tensors of the widest batch; 0 if they fit; None without a card."""
-        return (
-            None if self.capacity_bytes is None else max(0, self.quantiles[-1].least_device_bytes - self.capacity_bytes)
-        )
+    fits: Fits | None = None
+    headroom_bytes: int | None = None
+    missing_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the answer as JSON content. The keys are stable."""
-        return asdict(self) | {"headroom_bytes": self.headroom_bytes, "missing_bytes": self.missing_bytes}
+        return asdict(self)
 
 
 def read_lengths(path: Path) -> list[int]:
@@ -97,7 +88,7 @@ def read_lengths(path: Path) -> list[int]:
             raise ValueError(f"is not a whole number above 0 (got {shown(line)})")
         return int(line)
 
-    return list(_read_lines(path, length, "write one length in tokens on each line"))
+    return _items_of(path, length, "write one length in tokens on each line")
 
 
 def count_tokens(path: Path, fields: Sequence[str], load_tokenizer: Callable[[], Any]) -> list[int]:
@@ -130,7 +121,7 @@ def count_tokens(path: Path, fields: Sequence[str], load_tokenizer: Callable[[],
             check_characters(content[field])
         return [content[field] for field in fields]
 
-    items = list(_read_lines(path, texts, "name the fields that are text, as in --fields prompt,response"))
+    items = _items_of(path, texts, "name the fields that are text, as in --fields prompt,response")
     tokenizer = load_tokenizer()
     more = tokenizer.num_special_tokens_to_add() + 1
     counts = [
@@ -140,29 +131,11 @@ def count_tokens(path: Path, fields: Sequence[str], load_tokenizer: Callable[[],
     return [sum(of_item) + more for of_item in zip(*counts, strict=True)]
 
 
-def _read_lines(path: Path, read: Callable[[str], Any], remedy: str) -> Iterator[Any]:
-    problems, items = [], 0
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                items += 1
-                try:
-                    yield read(line.strip())
-                except (ValueError, RecursionError) as error:
-                    problems.append(Problem(f"{path}: line {number}", str(error), remedy))
-    except FileNotFoundError:
-        raise InputError(Problem(str(path), "no such file", "give the path of a file that exists")) from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
-        raise InputError(Problem(str(path), f"cannot be read: {error}", "give a text file in UTF-8")) from None
-    if len(problems) > SHOWN_LINES:
-        rest = Problem(str(path), f"wrong lines beside these: {len(problems) - SHOWN_LINES:,}", remedy)
-        problems = [*problems[:SHOWN_LINES], rest]
-    if problems:
-        raise InputError(problems)
+def _items_of(path: Path, read: Callable[[str], Any], remedy: str) -> list[Any]:
+    items = list(read_lines(path, read, remedy))
     if not items:
         raise InputError(Problem(str(path), "is empty", remedy))
+    return items
 
 
 def answer_lengths(question: Question, lengths: Sequence[int]) -> LengthsAnswer:
@@ -196,9 +169,9 @@ def answer_lengths(question: Question, lengths: Sequence[int]) -> LengthsAnswer:
         batch_of="pair" if JOBS[question.beside.job].rows > 1 else "row",
         capacity_bytes=capacity,
         fits_width=width,
-        fits=question.gpu.fits(widest.least_bytes, widest.device_bytes) if question.gpu else None,
         quantiles=tuple(_quantile(share, cut, peaks) for share in SHARES),
         assumptions=tuple(_assumptions(question)),
+        **(question.gpu.room(widest.least_bytes, widest.device_bytes) if question.gpu else {}),
     )
 
 

@@ -63,10 +63,8 @@ class Needs:
 
         sizes = question.spec.model_dump_json(include={"batch_size", "eval_batch_size", "seq_len"})
         method = question.spec.method
-        own = (
-            method.closed_form or method.name,
-            *(getattr(method, name, None) for name in ("rank", "init_r", "target_r")),
-        )
+        ranks = [getattr(method, name, None) for name in ("rank", "init_r", "target_r")]
+        own = method.closed_form or method.name, *ranks
         key = question.model.name, operations_of(question), sizes, own, question.responses, question.gpus
         if key not in self._known:
             self._known[key] = peaks_by_simulation(question)

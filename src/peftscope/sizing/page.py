@@ -17,16 +17,7 @@ from peftscope.hardware.cards import GPUS, find_gpu
 from peftscope.memory.answer import Peaks, answer_of, peaks_by_formula
 from peftscope.memory.base import describe_model
 from peftscope.memory.formula.step import without_collector
-from peftscope.memory.question import (
-    BESIDE_OPTIONS,
-    DEFAULTS,
-    METHOD_OPTIONS,
-    SPEC_OPTIONS,
-    Beside,
-    Question,
-    ask,
-    preset_or_modules,
-)
+from peftscope.memory.question import DEFAULTS, OPTIONS, Beside, Question, ask, preset_or_modules
 from peftscope.memory.trace import KINDS, by_kind
 from peftscope.methods import METHODS
 from peftscope.methods.fields import TARGET_PRESETS
@@ -51,12 +42,11 @@ def form() -> dict[str, Any]:
     """Returns what the form offers: models, methods and cards by name, and a field for each option of a run."""
     methods = {name: METHODS[name] for name in known_methods(None)}
     owners: dict[str, list[type[BaseModel]]] = {**{name: [own] for name, own in methods.items()}, "": [RunSpec, Beside]}
-    options = (*METHOD_OPTIONS, *SPEC_OPTIONS, *BESIDE_OPTIONS)
     return {
         "models": {name: preset.parameters for name, preset in PRESETS.items()},
         "methods": {name: method.label for name, method in methods.items()},
         "cards": {name: gpu.name for name, gpu in GPUS.items()},
-        "fields": [field for name in options if (field := _field(name, owners))],
+        "fields": [field for name in OPTIONS if (field := _field(name, owners))],
         "kinds": KINDS,
     }
 

@@ -24,10 +24,12 @@ STRATEGY_KEYS = (
     "fsdp_config.sharding_strategy",
 )
 """The keys that name FSDP's strategy, in a trainer's file and in accelerate's."""
-CHECKPOINTING_KEYS = ("fsdp_config.fsdp_activation_checkpointing", "fsdp_config.activation_checkpointing")
-"""The keys with which FSDP itself recomputes activations."""
-OFFLOAD_KEYS = ("fsdp_config.fsdp_offload_params", "fsdp_config.offload_params")
-"""The keys that leave FSDP's shards on the host."""
+SWITCHES: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("fsdp_config.fsdp_offload_params", "fsdp_config.offload_params"), ("offload", "parameters")),
+    "fsdp_config.fsdp_activation_checkpointing": ("checkpointing", True),
+    "fsdp_config.activation_checkpointing": ("checkpointing", True),
+}
+"""The keys that leave FSDP's shards on the host, or with which it recomputes activations itself: what each sets."""
 FULL_STAGE = 3
 """The stage of ZeRO that shards weights, gradients and states, as FSDP's full shard does."""
 PARTIAL_STAGE = 2
@@ -78,10 +80,8 @@ def _read_accelerate(reading: Reading, key: str) -> None:
     elif kind == "FSDP":
         strategy = next((flat[name] for name in STRATEGY_KEYS if flat.get(name) is not None), None)
         _note_strategy(reading, key, [strategy], flat.get("fsdp_config.fsdp_version"))
-        if any(flat.get(name) for name in OFFLOAD_KEYS):
-            reading.set("offload", "parameters", key)
-        if any(flat.get(name) for name in CHECKPOINTING_KEYS):
-            reading.set("checkpointing", True, key)
+        for option, value in (said for name, said in SWITCHES.items() if flat.get(name)):
+            reading.set(option, value, key)
     elif kind == "DEEPSPEED" and (file := flat.get(f"{inner}.deepspeed_config_file")):
         path = beside(beside(reading.path, reading.values[key]), str(file))
         _read_deepspeed(reading, key, read_content(path))
@@ -117,10 +117,9 @@ def _read_fsdp(reading: Reading) -> None:
     # Source: transformers 5.24, training_args.py:2826. axolotl fills in 1.
     usual = 1 if reading.trainer.startswith("axolotl") else 2
     _note_strategy(reading, key, [*words, strategy], version or usual)
-    for names, option, value in ((OFFLOAD_KEYS, "offload", "parameters"), (CHECKPOINTING_KEYS, "checkpointing", True)):
-        for name in names:
-            if reading.get(name):
-                reading.set(option, value, name)
+    for name, (option, value) in SWITCHES.items():
+        if reading.get(name):
+            reading.set(option, value, name)
     if isinstance(shards := reading.get("dp_shard_size"), int):
         reading.cards = shards
     if "offload" in words:

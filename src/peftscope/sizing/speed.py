@@ -237,7 +237,7 @@ def step_time(
     assert shape is not None
     rate, size_rate = constants.rate_share, constants.memory_share * speed.memory_bytes
     parts: dict[str, float] = {}
-    forward = None
+    taken_by_pass = []
     for content, times in passes or passes_of(question):
         busy = launches = 0.0
         for one, factor in content:
@@ -247,12 +247,12 @@ def step_time(
             busy, launches = busy + taken, launches + factor * one.times * one.launches
         waits = max(0.0, launches * constants.launch_seconds - busy)
         parts[WAITS] = parts.get(WAITS, 0.0) + times * waits
-        forward = busy + waits if forward is None else forward
+        taken_by_pass.append(busy + waits)
     if question.gpus > 1:
         moved = _moved(question, shape) / speed.link_bytes
         parts["waiting for other cards"] = max(0.0, moved - sum(parts.values()))
     tokens = spec.batch_size * spec.seq_len * spec.gradient_accumulation
-    return StepTime(parts, tokens, question.gpus, forward or 0.0)
+    return StepTime(parts, tokens, question.gpus, taken_by_pass[0])
 
 
 def _trained(question: Question, shape: ModelShape) -> int:

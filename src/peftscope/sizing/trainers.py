@@ -100,6 +100,7 @@ SAVINGS = (
 )
 """Rows of other savings, which trainers built on transformers share."""
 
+AXOLOTL_EVALUATION = "val_set_size test_datasets"
 ROUTERS = "the loss of the routers, a few bytes a token and expert, is left out"
 AXOLOTL_ROWS = (
     Row("model", "base_model", read=keys.read_model),
@@ -114,14 +115,7 @@ AXOLOTL_ROWS = (
     Row("seq_len", "sequence_len", 512, f"sequence_len of {SCHEMAS}"),
     Row("batch_size", "micro_batch_size", 1, SCHEMAS),
     Row("gradient_accumulation", "gradient_accumulation_steps", 1, SCHEMAS),
-    Row(
-        "eval_batch_size",
-        "eval_batch_size",
-        None,
-        SCHEMAS,
-        keys.read_evaluation,
-        only_with="val_set_size test_datasets",
-    ),
+    Row("eval_batch_size", "eval_batch_size", None, SCHEMAS, keys.read_evaluation, only_with=AXOLOTL_EVALUATION),
     Row("checkpointing", "gradient_checkpointing", False, SCHEMAS, keys.read_checkpointing),
     Row("attention", "flash_attention", words={"true": "flash_attention_2", "false": None}),
     Row("attention", "sdp_attention", words={"true": "sdpa", "false": None}),
@@ -276,15 +270,12 @@ PEFT_ROWS = (
 )
 """PEFT's ``adapter_config.json``, and the ``training_params.json`` of PEFT's method comparison."""
 
+AXOLOTL_KEYS = {"sequence_len", "micro_batch_size", "datasets", "adapter", "num_epochs"}
 TRAINERS: tuple[tuple[str, tuple[Row, ...], list[set[str]]], ...] = (
     ("PEFT", PEFT_ROWS, [{"peft_type"}]),
     ("PEFT", PEFT_ROWS, [{".json"}, {"optimizer_kwargs", "model_id", "use_gc"}]),
     ("torchtune", TORCHTUNE_ROWS, [{"model._component_", "tokenizer._component_"}]),
-    (
-        "axolotl",
-        AXOLOTL_ROWS,
-        [{"base_model"}, {"sequence_len", "micro_batch_size", "datasets", "adapter", "num_epochs"}],
-    ),
+    ("axolotl", AXOLOTL_ROWS, [{"base_model"}, AXOLOTL_KEYS]),
     ("LLaMA-Factory", FACTORY_ROWS, [{"model_name_or_path"}, {"finetuning_type", "stage", "cutoff_len", "template"}]),
     ("alignment-handbook", TRL_ROWS, [{"model_name_or_path"}, {"dataset_mixture", "dataset_mixer"}]),
     ("TRL", TRL_ROWS, [{"model_name_or_path"}]),
@@ -292,51 +283,46 @@ TRAINERS: tuple[tuple[str, tuple[Row, ...], list[set[str]]], ...] = (
 """The trainers, their tables, and sets of keys: a file belongs to the first trainer of which it has a key of each set.
 The suffix of the file counts as a key."""
 
-_ROWS = {"batch_size": {"per_device_train_batch_size": OWN}, "eval_batch_size": {"per_device_eval_batch_size": OWN}}
-_STEPS = {"gradient_accumulation": {"gradient_accumulation_steps": OWN}}
+
+def _sizes(rows: tuple[Row, ...]) -> dict[str, dict[str, Any]]:
+    """Returns the keys of a trainer whose values are sizes, which a remedy makes smaller."""
+    sizes = ("batch_size", "eval_batch_size", "gradient_accumulation", "seq_len")
+    return {row.option: {row.keys[0]: OWN} for row in rows if row.option in sizes}
+
+
 _TRL: dict[str, dict[str, Any]] = {
-    **_ROWS,
-    **_STEPS,
+    **_sizes(TRL_ROWS),
     "reference": {"precompute_ref_log_probs": True},
     "checkpointing": {"gradient_checkpointing": True},
     "optimizer": {"optim": "adamw_8bit"},
     "method": {"load_in_4bit": True},
     "adapter": {"use_peft": True, "lora_target_modules": "all-linear"},
-    "seq_len": {"max_length": OWN},
 }
 REMEDIES: dict[str, dict[str, dict[str, Any]]] = {
     "axolotl": {
-        **_STEPS,
-        "batch_size": {"micro_batch_size": OWN},
-        "eval_batch_size": {"eval_batch_size": OWN},
+        **_sizes(AXOLOTL_ROWS),
         "loss": {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_fused_linear_cross_entropy": True},
         "checkpointing": {"gradient_checkpointing": True},
         "optimizer": {"optimizer": "adamw_8bit"},
         "method": {"adapter": "qlora", "load_in_4bit": True},
         "quantize_moe_experts": {"quantize_moe_experts": True},
         "adapter": {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True},
-        "seq_len": {"sequence_len": OWN},
     },
     "LLaMA-Factory": {
-        **_ROWS,
-        **_STEPS,
+        **_sizes(FACTORY_ROWS),
         "loss": {"enable_liger_kernel": True},
         "checkpointing": {"disable_gradient_checkpointing": False},
         "optimizer": {"optim": "adamw_8bit"},
         "method": {"quantization_bit": 4},
         "adapter": {"finetuning_type": "lora"},
-        "seq_len": {"cutoff_len": OWN},
     },
     "TRL": _TRL,
     "alignment-handbook": _TRL,
     "torchtune": {
-        **_STEPS,
-        "batch_size": {"batch_size": OWN},
-        "eval_batch_size": {"batch_size_val": OWN},
+        **_sizes(TORCHTUNE_ROWS),
         "checkpointing": {"enable_activation_checkpointing": True},
         "optimizer": {"optimizer._component_": "bitsandbytes.optim.AdamW8bit", "optimizer.fused": None},
         "method": {"model._component_": lambda builder: builder.replace(".lora_", ".qlora_")},
-        "seq_len": {"tokenizer.max_seq_len": OWN},
     },
 }
 """The keys with which a remedy changes an option; ``adapter`` are those that give a fully trained base an adapter. A

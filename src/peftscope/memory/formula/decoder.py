@@ -79,8 +79,10 @@ def _attention(
     module = f"layers.{index}.self_attn"
     if model.shape.family == "phi3":
         joined = linear(model, f"{module}.qkv_proj", block["qkv_proj"], x)
-        query, key, value = _split(tape, joined, (("T", "q"), ("T", "k"), ("T", "k")))
-        del joined
+        query, key, value = (joined.view(("T", width)) for width in "qkk")
+        for part in (query, key, value):  # slices of one tensor, whose gradients are each as large as all of it
+            tape.record([joined], [part], None)
+        del joined, part
     else:
         query, key, value = (linear(model, f"{module}.{n}", block[n], x) for n in ("q_proj", "k_proj", "v_proj"))
     if model.shape.head_norms:
@@ -105,17 +107,6 @@ def _attention(
     return linear(model, f"{module}.o_proj", block["o_proj"], output), probabilities
 
 
-def _split(tape: Tape, joined: Shaped, parts: Sequence[Dims]) -> list[Shaped]:
-    """Stands for slices of one tensor: views of it, whose gradients are each as large as all of it."""
-    dims, width = joined.dims, joined.width
-    views = []
-    for part in parts:
-        view = joined.view(part)
-        tape.record([joined], [view], lambda grads, _: [tape.new(dims, width)])
-        views.append(view)
-    return views
-
-
 def _with_prefix(model: TapedModel, x: Shaped) -> Shaped:
     """Stands for ``DynamicCache.update``: the trained keys or values, then those of the tokens."""
     tape, dims, past, width = model.tape, x.dims, model.past.dims, max(x.width, model.past.width)
@@ -132,8 +123,7 @@ def _repeat(model: TapedModel, x: Shaped, term: str) -> Shaped:
     """Stands for ``repeat_kv``: every query head gets a copy of its keys or values."""
     if not model.grouped:
         return x
-    tape, dims, width = model.tape, x.dims, x.width
-    return tape.op([x], (*dims[:-1], "q"), width, lambda *_: [tape.new(dims, width)], term=term)
+    return model.tape.op([x], (*x.dims[:-1], "q"), x.width, term=term)
 
 
 def _sdpa(model: TapedModel, query: Shaped, key: Shaped, value: Shaped, mask: Shaped | None) -> Shaped:
@@ -215,9 +205,8 @@ def _mlp(model: TapedModel, index: int, x: Shaped) -> Shaped:
     if model.shape.family == "phi3":
         joined = linear(model, f"{module}.gate_up_proj", block["gate_up_proj"], x)
         tape.module = module
-        dims, width = joined.dims, joined.width
         gate, up = joined.view(("T", "I")), joined.view(("T", "I"))
-        tape.record([joined], [gate, up], lambda grads, _: [tape.new(dims, width)])
+        tape.record([joined], [gate, up], None)
         del joined
         inner = tape.multiply(up, _activation(tape, gate))
         return linear(model, f"{module}.down_proj", block["down_proj"], inner)  # with `gate` still alive
@@ -312,8 +301,7 @@ def run_decoder(model: TapedModel, *, masked: bool) -> Shaped:
 
 def keep_positions(model: TapedModel, x: Shaped) -> Shaped:
     """Stands for the slice of hidden states whose logits are needed."""
-    tape, dims, width = model.tape, x.dims, x.width
-    return tape.op([x], ("N", "h"), width, lambda grads, _: [tape.new(dims, width)])
+    return model.tape.op([x], ("N", "h"), x.width)
 
 
 def run_head(model: TapedModel, x: Shaped, *, kept: bool) -> Shaped:

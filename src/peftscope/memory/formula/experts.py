@@ -18,14 +18,12 @@ def run_experts(model: TapedModel, path: str, x: Shaped) -> Shaped:
     scores, logits = _route(model, f"{path}.gate", x)
     tape.module = f"{path}.experts"
     order = [tape.new(("m",), 8) for _ in range(3)]  # experts, their order, and the token of each place
-    tokens = tape.op([x], ("m", "h"), width, lambda *_: [tape.new(dims, width)], order[2:], KEPT)
-    of_scores = scores.width
-    scores = tape.op([scores], ("m",), of_scores, lambda *_: [tape.new(("m",), of_scores)], order[1:2])
+    tokens = tape.op([x], ("m", "h"), width, None, order[2:], KEPT)
+    scores = tape.op([scores], ("m",), scores.width, None, order[1:2])
     offsets = tape.new(("e",), 4)
     joined = _grouped(model, path, "gate_up_proj", tokens, "2J", offsets, KEPT)
     gate, up = joined.view(("m", "J")), joined.view(("m", "J"))
-    joined_dims, joined_width = joined.dims, joined.width
-    tape.record([joined], [gate, up], lambda *_: [tape.new(joined_dims, joined_width)])
+    tape.record([joined], [gate, up], None)
     active = tape.op([gate], gate.dims, gate.width, None, (gate,), "output of the activation function")
     inner = tape.multiply(active, up)
     del joined, gate, up, active
@@ -33,12 +31,9 @@ def run_experts(model: TapedModel, path: str, x: Shaped) -> Shaped:
     del inner
     weighted = tape.multiply(output, scores, KEPT)
     inverse = tape.new(("m",), 8)
-    wide = weighted.width
-    again = [tape.new(("m",), 8)]
-    again.clear()
-    weighted = tape.op([weighted], ("m", "h"), wide, lambda *_: [tape.new(("m", "h"), wide)], (inverse,))
-    total = tape.op([weighted], dims, wide, lambda *_: [tape.new(("m", "h"), wide)])
-    total = tape.cast(total, width)
+    tape.new(("m",), 8)
+    weighted = tape.op([weighted], ("m", "h"), weighted.width, None, (inverse,))
+    total = tape.cast(tape.op([weighted], dims, weighted.width), width)
     del tokens, output, weighted, inverse, order, offsets, logits
     return total
 
@@ -52,8 +47,8 @@ def _route(model: TapedModel, path: str, x: Shaped) -> tuple[Shaped, Shaped]:
     chances = tape.with_saved_output([wide], ("T", "e"), 4, "probabilities of the router")
     del wide
     chosen = tape.new(("m",), 8)
-    best = tape.op([chances], ("m",), 4, lambda *_: [tape.new(("T", "e"), 4)], (chosen,))
-    total = tape.op([best], ("T",), 4, lambda *_: [tape.new(("m",), 4)])
+    best = tape.op([chances], ("m",), 4, None, (chosen,))
+    total = tape.op([best], ("T",), 4)
     best = tape.op([best, total], ("m",), 4, None, (best, total))
     return (best if model.shape.family == "mixtral" else tape.cast(best, logits.width)), logits
 
@@ -61,7 +56,7 @@ def _route(model: TapedModel, path: str, x: Shaped) -> tuple[Shaped, Shaped]:
 def _grouped(model: TapedModel, path: str, name: str, x: Shaped, outputs: str, offsets: Shaped, term: str) -> Shaped:
     """Stands for ``grouped_mm``, which autocast does not reach: the input takes the precision of the weights."""
     tape, full, dims = model.tape, f"{path}.experts.{name}", EXPERT_DIMS[name]
-    if model.packs_experts:
+    if model.beside.quantize_moe_experts:
         constants = tape.new(dims, 4 / BLOCK, term="dequantised constants") if model.nested else None
         weight = tape.new(dims, 2, term="dequantised experts of one layer")
         del constants

@@ -8,7 +8,7 @@ from peftscope.memory.beside import passes_of
 from peftscope.memory.formula.decoder import keep_positions, run_decoder, run_head
 from peftscope.memory.formula.fused import chunked_log_probs
 from peftscope.memory.formula.linear import TapedModel
-from peftscope.memory.tape import Backward, Gradients, Shaped
+from peftscope.memory.tape import Gradients, Shaped
 
 
 def job_loss(model: TapedModel, *, masked: bool) -> Shaped:
@@ -59,13 +59,9 @@ def _from_all(model: TapedModel, logits: Shaped, held: list[Shaped]) -> Shaped:
 def _chosen_loss(model: TapedModel, logits: Shaped) -> Shaped:
     """Stands for ORPO's cross-entropy of the chosen answers, on a copy of the first half of the logits."""
     tape, dims, width = model.tape, logits.dims, logits.width
-
-    def gradient(size: float) -> Backward:
-        return lambda *_: [tape.new(dims, size)]
-
-    chosen = tape.op([logits], dims, width / 2, gradient(width), term="logits of the chosen answers")
+    chosen = tape.op([logits], dims, width / 2, lambda *_: [tape.new(dims, width)], term="logits of the chosen answers")
     logs = tape.with_saved_output([chosen], dims, width / 2, "log-softmax of the logits")
-    return tape.op([logs], (), 4, gradient(width / 2), (logs,))
+    return tape.op([logs], (), 4, lambda *_: [tape.new(dims, width / 2)], (logs,))
 
 
 def _from_logits(model: TapedModel, logits: Shaped) -> Shaped:

@@ -78,11 +78,8 @@ class TapedModel:
         self.nested = self.stored is not None and "constants of block constants" in self.stored.parts
         self.adapter_width = self.width if self.values.get("adapter_dtype") == "base" else 4
         self.targets = spec.method.targets_of()
-        self.full = self.method.trains_base
         self.weights: dict[str, Shaped] = {}
-        self.optimizer = question.beside.optimizer_states
         self.tape.steps_in_backward, self.tape.offloads = self.beside.optimizer_in_bwd, self.beside.offload_activations
-        self.packs_experts = question.beside.quantize_moe_experts
         self.grouped = shape.num_heads != shape.num_kv_heads
         # The backward pass has a thread of its own, with a handle and a workspace of its own.
         for _ in range(2 if spec.method.trains else 1):
@@ -147,7 +144,7 @@ def _make_weights(model: TapedModel) -> None:
         if shape.experts:
             _weight(model, f"layers.{index}.mlp.gate", ("e", "h"), other)
             for name, dims in EXPERT_DIMS.items():
-                path, packed = f"layers.{index}.mlp.experts.{name}", model.packs_experts
+                path, packed = f"layers.{index}.mlp.experts.{name}", model.beside.quantize_moe_experts
                 _packed_weight(model, path, dims) if packed else _weight(model, path, dims, other)
         for name in shape.norms:
             _weight(model, f"layers.{index}.{name}", ("h",), other)
@@ -156,7 +153,7 @@ def _make_weights(model: TapedModel) -> None:
                 _weight(model, f"layers.{index}.self_attn.{name}", (dim,), other)
     _weight(model, "norm", ("h",), other)
     if model.beside.job == "reward":  # which PEFT trains beside an adapter
-        (_weight if model.full else _adapter)(model, "score", ("h",), model.width)
+        (_weight if model.method.trains_base else _adapter)(model, "score", ("h",), model.width)
     elif not shape.tied_embeddings:
         _weight(model, "lm_head", ("V", "h"), model.embedded)
     _copy(model, "embed_tokens")
@@ -164,10 +161,8 @@ def _make_weights(model: TapedModel) -> None:
         for layer in shape.block:
             if is_named(path := module_path(index, layer.name), model.targets):
                 _adapter_weights(model, path, layer)
-    if model.prompt:
-        _adapter(model, "prompt_encoder", ("v", "h"), 4)
-    elif model.prefix:
-        _adapter(model, "prompt_encoder", ("v", "L", "k", "2"), 4)
+    if model.prompt or model.prefix:
+        _adapter(model, "prompt_encoder", ("v", "h") if model.prompt else ("v", "L", "k", "2"), 4)
     _copy(model, "lm_head")
 
 
@@ -178,11 +173,11 @@ def _copy(model: TapedModel, name: str) -> None:
 
 
 def _weight(model: TapedModel, name: str, dims: Dims, width: float) -> None:
-    model.weights[name] = model.tape.parameter(name, dims, width, "weights", _last(name), trained=model.full)
+    model.weights[name] = model.tape.parameter(name, dims, width, "weights", trained=model.method.trains_base)
 
 
 def _adapter(model: TapedModel, name: str, dims: Dims, width: float) -> None:
-    model.weights[name] = model.tape.parameter(name, dims, width, "adapters", _last(name), trained=True)
+    model.weights[name] = model.tape.parameter(name, dims, width, "adapters", trained=True)
 
 
 def _copies(model: TapedModel) -> dict[str, Shaped]:
@@ -198,10 +193,8 @@ def _copies(model: TapedModel) -> dict[str, Shaped]:
 
 def _linear_weight(model: TapedModel, path: str, layer: LinearLayer) -> None:
     inputs, outputs = LINEAR_DIMS[layer.name]
-    if not model.stored:
-        _weight(model, path, (outputs, inputs), model.width)
-    else:
-        _packed_weight(model, path, (outputs, inputs))
+    dims = outputs, inputs
+    _packed_weight(model, path, dims) if model.stored else _weight(model, path, dims, model.width)
     if layer.bias:
         _weight(model, f"{path}.bias", (outputs,), model.other)
 
@@ -335,7 +328,7 @@ def _dora_update(model: TapedModel, path: str, x: Shaped, result: Shaped, inputs
     wide = tape.new((outputs, inputs), x.width, term="weight in the adapter's precision (DoRA)")
     if weight.width == x.width:
         wide = weight
-    norm = _dora_norm(tape, product if follows_norm else product.detached(), wide)
+    norm = _dora_norm(tape, product if follows_norm else Shaped(product.storage, product.dims, product.width), wide)
     magnitude = model.weights[f"{path}.magnitude"]
     ratio = tape.op([magnitude, norm], (outputs,), magnitude.width, None, (norm, magnitude if norm.node else None))
     update = _low_rank(model, path, x, outputs)
@@ -391,10 +384,6 @@ def _ia3_linear(model: TapedModel, path: str, layer: LinearLayer, x: Shaped) -> 
     result = _base_linear(model, path, layer, x)
     before = result.width
     return tape.cast(tape.multiply(result, scaling, "rescaled output"), before)
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 _ADAPTED = {"low-rank": _lora_linear, "triplets": _adalora_linear, "decomposed": _dora_linear, "rescaled": _ia3_linear}

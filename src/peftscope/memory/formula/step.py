@@ -185,7 +185,9 @@ def _train(model: TapedModel) -> Trace:
     tape.trace.begin("optimizer")
     tape.module = ""
     states = _states_of(model, trained)
-    _optimize(model, trained)
+    for shapes in _temporaries(model, trained):
+        copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for shape in shapes]
+        copies.clear()
     for weight in trained:
         weight.node.grad = None
     del held
@@ -200,7 +202,7 @@ def _train(model: TapedModel) -> Trace:
 def _states_of(model: TapedModel, trained: list[Shaped]) -> list[Shaped]:
     """Returns what the first optimizer step makes and keeps."""
     states: list[Shaped] = []
-    if model.optimizer != "own":
+    if model.beside.optimizer_states != "own":
         for weight in trained:
             states += [_state(model, weight, width, STATES, dims) for dims, width in _other(model, weight)[0]]
     elif model.spec.optimizer != "sgd":
@@ -211,33 +213,23 @@ def _states_of(model: TapedModel, trained: list[Shaped]) -> list[Shaped]:
     return states + [_state(model, w, w.width, "importance scores of AdaLoRA") for w in matrices for _ in scores]
 
 
-def _optimize(model: TapedModel, trained: list[Shaped]) -> None:
-    """Stands for what ``optimizer.step`` takes for itself; bitsandbytes and fused implementations take nothing."""
-    tape, spec = model.tape, model.spec
-    if model.optimizer != "own":
-        for weight in trained:
-            copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for shape in _other(model, weight)[1]]
-            copies.clear()
-        return
-    if spec.optimizer not in ("adamw", "sgd") or (spec.optimizer == "sgd" and not spec.weight_decay):
-        return
-    groups, apart = [trained], model.form.own_group
-    if apart:
-        groups = [[w for w in trained if (apart in w.node.name) == second] for second in (False, True)]
-    for group in groups:
-        shapes = [(weight.dims, weight.width) for weight in group]
-        if spec.optimizer_implementation == "foreach":
-            copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for shape in shapes]
-            copies.clear()
-        elif spec.optimizer_implementation == "single":
-            for shape in shapes:
-                copies = [tape.new(*shape, "temporaries", OPTIMIZER_COPY) for _ in range(2)]
-                copies.clear()
+def _temporaries(model: TapedModel, trained: list[Shaped]) -> Iterator[Tensors]:
+    """Yields what ``optimizer.step`` takes at once; bitsandbytes and fused implementations take nothing."""
+    spec, apart = model.spec, model.form.own_group
+    if model.beside.optimizer_states != "own":
+        yield from (_other(model, weight)[1] for weight in trained)
+    elif spec.optimizer == "adamw" or (spec.optimizer == "sgd" and spec.weight_decay):
+        for second in (False, True) if apart else (False,):
+            shapes = [(w.dims, w.width) for w in trained if not apart or (apart in w.node.name) == second]
+            if spec.optimizer_implementation == "foreach":
+                yield shapes
+            elif spec.optimizer_implementation == "single":
+                yield from ([shape] * 2 for shape in shapes)
 
 
 def _other(model: TapedModel, weight: Shaped) -> tuple[Tensors, Tensors]:
     in_layer = weight.node.name.startswith("layers.")
-    return states_of(model.optimizer, weight.dims, weight.width, model.sizes, layer=in_layer)
+    return states_of(model.beside.optimizer_states, weight.dims, weight.width, model.sizes, layer=in_layer)
 
 
 STATES = "first and second moments"
