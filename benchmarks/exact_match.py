@@ -13,7 +13,8 @@ import pandas as pd
 from scipy.optimize import isotonic_regression
 
 from benchmarks.page import write_blocks
-from peftscope.analysis.study import GREEDY, StudyResults
+from peftscope.analysis.exact_match import GREEDY
+from peftscope.analysis.study import StudyResults
 from peftscope.planning.published import ITEMS
 from peftscope.report.tables import markdown
 

@@ -18,6 +18,7 @@ import yaml
 from scipy import stats
 
 from peftscope.analysis.collect import collect_experiment
+from peftscope.analysis.exact_match import points
 from peftscope.analysis.study import HELDOUT, StudyResults
 from peftscope.analysis.tuning import choose_rates
 from peftscope.claims.checks import training
@@ -684,7 +685,7 @@ def test_points_of_arms_at_several_rates_are_without_the_best_and_the_worst_seed
     for arm, values in greedy.items():
         for run, value in zip(members(f"arm-{arm}"), values, strict=True):
             table.loc[table["run_id"] == run, "greedy_match_fraction"] = value
-    found = at_three_rates.points("thin", "full")
+    found = points(at_three_rates, "thin", "full")
     assert sum(found) / 6 == pytest.approx(100 * (0.5 - 0.405)) and len(found) == 6
 
 

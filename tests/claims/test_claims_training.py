@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from ledger_parts import changed_part, claims, part_with, write_results
 
-from peftscope.analysis.study import ACCURACY, HELDOUT, VALIDATION
+from peftscope.analysis.exact_match import ACCURACY
+from peftscope.analysis.study import HELDOUT, VALIDATION
 from peftscope.claims.checks import answers, subspaces, training
 from peftscope.claims.evaluate import evaluate, evaluate_part
 from peftscope.claims.ledger import Part
@@ -287,7 +288,7 @@ def test_another_seed_changes_scores_and_answers_or_neither(monkeypatch: pytest.
         folder = results_folder("ranks")
         folder.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(items).to_parquet(folder / ITEMS)
-        study = SimpleNamespace(folder=folder, arm_runs=runs, exact_match=runs, subject="toy, sums", name="ranks")
+        study = SimpleNamespace(folder=folder, arm_runs=runs, base_runs=runs("none"), subject="toy, sums", name="ranks")
         monkeypatch.setattr(answers, "StudyResults", lambda name: study)
         return [(found.verdict, found.found) for found in map(evaluate_part, (scores, right))]
 

@@ -206,3 +206,15 @@ def _bf16_products(record: RunRecord) -> str | None:
     """Returns how a processor computed bf16 products. Records without the field are older than the fp32 way."""
     has_none = record.spec.device != "cpu" or record.spec.precision == "fp32" or not record.provenance
     return None if has_none else record.provenance.get("bf16_products", "native")
+
+
+def paired(first: pd.DataFrame, second: pd.DataFrame, values: pd.Series | str) -> pd.DataFrame:
+    """Returns one row for each seed that both have finished, with the columns ``first`` and ``second``.
+
+    Both arms have one row per seed; ``values`` names a column, or has the values by run id.
+    """
+    columns = {}
+    for name, runs in (("first", first), ("second", second)):
+        by_seed = runs.set_index("seed")
+        columns[name] = by_seed[values] if isinstance(values, str) else by_seed["run_id"].map(values)
+    return pd.DataFrame(columns).dropna()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from peftscope.analysis.stats import of_trimmed_means, where_reached
+from peftscope.analysis.stats import differences, where_reached
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem
 from peftscope.planning.published import RETENTION, SHIFT, VALIDATION
@@ -46,16 +46,11 @@ def matched_rises(first: pd.DataFrame, second: pd.DataFrame, by: str = "task") -
 
 
 def less_at_equal_loss(study: StudyResults, arm: str, against: str) -> list[float]:
-    """Returns how much less an arm has forgotten than another where both have the same loss, a value for each seed.
-
-    Of arms at several rates, each mean is without the lowest and the highest seed.
-    """
+    """Returns how much less an arm has forgotten than another where both have the same loss, a value for each seed."""
     mine, theirs = (dict(curves(study, study.arm_runs(name))) for name in (arm, against))
     rises = [matched_rises(mine[seed], theirs[seed])[1:] for seed in sorted(mine.keys() & theirs.keys())]
     firsts, seconds = zip(*rises, strict=True) if rises else ((), ())
-    if study.has_several_rates(arm) and len(rises) > 1:
-        return of_trimmed_means(float.__sub__, seconds, firsts)
-    return [second - first for first, second in rises]
+    return differences(seconds, firsts, study.has_several_rates(arm, against))
 
 
 def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[pd.Series]]:

@@ -97,6 +97,16 @@ def of_trimmed_means(estimate: Callable[..., float], *sides: Sequence[float]) ->
     return jackknife(lambda kept: estimate(*(trimmed_mean([side[i] for i in kept]) for side in sides)), len(sides[0]))
 
 
+def differences(first: Sequence[float], second: Sequence[float], is_trimmed: bool) -> list[float]:
+    """Returns a value for each seed, whose mean is that of the first side minus that of the second.
+
+    If ``is_trimmed``, the means are trimmed, and of two seeds or more the values are those of a jackknife.
+    """
+    if is_trimmed and len(first) > 1:
+        return of_trimmed_means(float.__sub__, first, second)
+    return [one - other for one, other in zip(first, second, strict=True)]
+
+
 def edits(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Returns the fewest insertions, deletions and replacements that make one sequence of another.
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from peftscope.analysis.collect import failures, read_runs
 from peftscope.analysis.compare import Difference, compare, pair_values
-from peftscope.analysis.stats import holm, of_trimmed_means, trimmed_mean
+from peftscope.analysis.stats import holm, trimmed_mean
 from peftscope.analysis.tuning import Rate, mean_or_none
 from peftscope.errors import InputError, Problem
 from peftscope.layout import folder_with, how_to_run
@@ -37,7 +37,6 @@ from peftscope.planning.experiment import (
 from peftscope.planning.published import LOSSES, VALIDATION, loss_rows, published_records
 
 HELDOUT = "heldout_nll_nats_per_token"
-ACCURACY, GREEDY, ARGMAX = "exact_match_fraction", "greedy_match_fraction", "token_accuracy_fraction"
 LOWEST = "lowest_validation_nll_nats_per_token"
 MARGIN = 0.025
 """Arms whose losses differ by less than this share of the task gain count as the same, unless a claim has its own."""
@@ -238,9 +237,9 @@ class StudyResults:
         """
         return self._finished(f"{RATES if self.has_several_rates(arm) else ARM}{arm}")
 
-    def has_several_rates(self, arm: str) -> bool:
-        """Returns whether an arm runs at several rates with the seeds of the study."""
-        return f"{RATES}{arm}" in self._places
+    def has_several_rates(self, *arms: str) -> bool:
+        """Returns whether one of some arms runs at several rates with the seeds of the study."""
+        return any(f"{RATES}{arm}" in self._places for arm in arms)
 
     def losses_by_rate(self, arm: str) -> pd.DataFrame:
         """Returns the held-out losses of an arm: a row for each seed, a column for each rate, ascending."""
@@ -262,13 +261,13 @@ class StudyResults:
         """
         return self._finished(f"{ARM}{arm}")
 
-    def _mean_of(self, *arms: str) -> Callable[[Sequence[float]], float]:
-        """Returns what makes one number of the seeds of some arms; see ``stats.trimmed_mean``."""
-        return trimmed_mean if any(map(self.has_several_rates, arms)) else fmean
+    def mean_of(self, *arms: str) -> Callable[[Sequence[float]], float]:
+        """Returns what makes one number of the seeds of some arms."""
+        return trimmed_mean if self.has_several_rates(*arms) else fmean
 
     def loss(self, arm: str) -> float:
         """Returns the held-out loss of an arm at its best rate."""
-        return self._mean_of(arm)(list(self.arm_runs(arm)[HELDOUT]))
+        return self.mean_of(arm)(list(self.arm_runs(arm)[HELDOUT]))
 
     def control_runs(self, control: str, arm: str) -> pd.DataFrame:
         """Returns the runs of a control of an arm, one row per seed.
@@ -315,7 +314,7 @@ class StudyResults:
             self.control_runs(control, arm)
 
     @property
-    def _base_runs(self) -> pd.DataFrame:
+    def base_runs(self) -> pd.DataFrame:
         """The runs of the untouched base, or of its 4-bit copy if the study has no other."""
         runs = self.table[self.table["method"] == "none"]
         by_weights = {weights: runs[runs["base_weights"] == weights] for weights in ("full", "nf4") if len(runs)}
@@ -324,45 +323,10 @@ class StudyResults:
     @cached_property
     def base_loss(self) -> float:
         """The held-out loss of the untouched base."""
-        runs = self._base_runs
+        runs = self.base_runs
         if runs[HELDOUT].isna().all():
             raise self._unfinished("no run of the untouched base")
         return float(runs[HELDOUT].iloc[0])
-
-    def exact_match(self, arm: str, column: str = ACCURACY) -> pd.DataFrame:
-        """Returns the runs of an arm, with the exact match of the untouched base for those that diverged.
-
-        The column is ``ACCURACY``, of answers that were generated, or ``GREEDY``, of the whole test split.
-        """
-        runs = self.arm_runs(arm)
-        if column not in runs or runs[column].isna().all():
-            return runs.assign(**{column: math.nan})
-        of_base = self._base_runs[column].dropna()
-        return runs.fillna({column: of_base.iloc[0] if len(of_base) else 0.0})
-
-    def exact_matches(self, arm: str, against: str, column: str = "") -> pd.DataFrame:
-        """Returns the exact match of two arms in %, or another score, a row for each seed of both; see ``paired``.
-
-        It is that of the whole test split if both were judged on it, and otherwise of the answers that were generated.
-        """
-        column = column or (GREEDY if self.has_whole_split(arm, against) else ACCURACY)
-        return 100 * paired(self.exact_match(arm, column), self.exact_match(against, column), column)
-
-    def has_whole_split(self, *arms: str) -> bool:
-        """Returns whether some arms were judged on the exact match of the whole test split."""
-        return all(self.exact_match(arm, GREEDY)[GREEDY].notna().any() for arm in arms)
-
-    def points(self, arm: str, against: str, column: str = "") -> list[float]:
-        """Returns how many more points of exact match, or of another score, an arm has than another, a value a seed.
-
-        If one of them ran at several rates, its mean is without the best and the worst seed, as that of its losses is,
-        and the values are those of a jackknife.
-        """
-        both = self.exact_matches(arm, against, column)
-        first, second = list(both["first"]), list(both["second"])
-        if self._mean_of(arm, against) is trimmed_mean and len(both) > 1:
-            return of_trimmed_means(float.__sub__, first, second)
-        return list(both["first"] - both["second"])
 
     @cached_property
     def task_gain(self) -> float:
@@ -393,7 +357,7 @@ class StudyResults:
                 shuffled, own = self.control_runs(control, arm), self.arm_runs(arm)
                 is_along = LOWEST in shuffled and shuffled[LOWEST].notna().all()
                 columns = (LOWEST, VALIDATION) if is_along else (HELDOUT, HELDOUT)
-                mean = self._mean_of(arm)
+                mean = self.mean_of(arm)
                 return mean(list(shuffled[columns[0]])) - mean(list(own[columns[1]]))
         message = "it has no control on shuffled labels, so that its task gain is not known"
         remedy = "add controls: {ARM: [shuffled-labels]} to its file"
@@ -426,15 +390,3 @@ class StudyResults:
         records = published_records(self.folder.name).items()  # of a wheel, which leaves their losses out
         rows = [{"run_id": run, **row} for run, text in records for row in loss_rows(json.loads(text))]
         return pd.DataFrame(rows).set_index(index)
-
-
-def paired(first: pd.DataFrame, second: pd.DataFrame, values: pd.Series | str = HELDOUT) -> pd.DataFrame:
-    """Returns one row for each seed that both have finished, with the columns ``first`` and ``second``.
-
-    Both arms have one row per seed; ``values`` names a column, or has the values by run id.
-    """
-    columns = {}
-    for name, runs in (("first", first), ("second", second)):
-        by_seed = runs.set_index("seed")
-        columns[name] = by_seed[values] if isinstance(values, str) else by_seed["run_id"].map(values)
-    return pd.DataFrame(columns).dropna()

@@ -9,10 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from peftscope.analysis.collect import WRONG_SYMBOLS
+from peftscope.analysis.collect import WRONG_SYMBOLS, paired
 from peftscope.analysis.compare import Outcome
+from peftscope.analysis.exact_match import ARGMAX, has_whole_split, points
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, mean_interval, sign_flip_p, where_reached
-from peftscope.analysis.study import ARGMAX, HELDOUT, MARGIN, VALIDATION, StudyResults, paired
+from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults
 from peftscope.data.tasks import symbols_of
 from peftscope.planning.experiment import A_A
 from peftscope.report.sentences import spoken_outcome
@@ -78,9 +79,9 @@ def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
     }
     if difference.n >= FEWEST_FOR_BOOTSTRAP:
         row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
-    if (accuracy := mean_interval(study.points(arm, against, ARGMAX if symbols else ""))) is not None:
+    if (accuracy := mean_interval(points(study, arm, against, ARGMAX if symbols else ""))) is not None:
         row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
-        row["is_whole_split"] = study.has_whole_split(arm, against)
+        row["is_whole_split"] = has_whole_split(study, arm, against)
         row |= {"points_of": "argmax tokens"} if symbols else {}
     target = float(other[VALIDATION].mean()) + MARGIN * study.yardstick if VALIDATION in other else math.nan
     if math.isfinite(target) and (samples := samples_to(study, target, arm)):
@@ -119,7 +120,7 @@ def controls(study: StudyResults) -> pd.DataFrame:
     rows = []
     for control, arm in study.controls:
         runs, own = study.control_runs(control, arm), study.arm_runs(arm)
-        pairs = paired(runs, own)
+        pairs = paired(runs, own, HELDOUT)
         interval = mean_interval(list(pairs["second"] - pairs["first"]))
         assert interval is not None  # a control has one seed or more
         rows.append(

@@ -8,8 +8,9 @@ from itertools import combinations
 import pandas as pd
 from scipy.stats import chi2
 
+from peftscope.analysis.exact_match import ACCURACY, exact_match
 from peftscope.analysis.stats import CONFIDENCE
-from peftscope.analysis.study import ACCURACY, StudyResults
+from peftscope.analysis.study import StudyResults
 from peftscope.claims.measurement import Measurement, NotRunError, over_seeds
 from peftscope.layout import run_folder
 from peftscope.planning.published import ITEMS
@@ -21,7 +22,7 @@ def spread_of_scores(study: str, arms: list[str]) -> Measurement:
     All runs answer the same items. The interval is that of a variance of normal values.
     """
     results = StudyResults(study)
-    scores = {arm: 100 * results.exact_match(arm)[ACCURACY].dropna() for arm in arms}
+    scores = {arm: 100 * exact_match(results, arm)[ACCURACY].dropna() for arm in arms}
     freedom = sum(len(each) - 1 for each in scores.values())
     if freedom <= 0:
         raise NotRunError(f"the study `{study}` has no scores of several seeds")

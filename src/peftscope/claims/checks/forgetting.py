@@ -6,7 +6,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from peftscope.analysis.forgetting import curves, frontier, less_at_equal_loss, matched_rises
-from peftscope.analysis.stats import of_trimmed_means
+from peftscope.analysis.stats import of_trimmed_means, trimmed_mean
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 
@@ -28,9 +28,9 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
     ends = [float(theirs[seed]["rise"].iloc[-1] - mine[seed]["rise"].iloc[-1]) for seed in matched]
     evidence: dict[str, Quantity] = {
         "matched loss on the task, nats per token": fmean(losses),
-        f"rise on prose there, {arm}": fmean(firsts),
-        f"rise on prose there, {against}": fmean(seconds),
-        "difference at the end of the training": fmean(ends),
+        f"rise on prose there, {arm}": results.mean_of(arm, against)(firsts),
+        f"rise on prose there, {against}": results.mean_of(arm, against)(seconds),
+        "difference at the end of the training": results.mean_of(arm, against)(ends),
         "runs that diverged": int(runs["status"].eq("diverged").sum() + other["status"].eq("diverged").sum()),
     }
     sample = less_at_equal_loss(results, arm, against)
@@ -57,12 +57,12 @@ def ratio_at_equal_shift(study: str, arm: str, against: str, at_lowest: bool = F
         raise NotRunError(f"the study `{study}` has no pairs of runs that all kept the shift of their answers")
     matched = [matched_rises(mine[seed], theirs[seed], "nearness") for seed in sorted(seeds)]
     nearness, firsts, seconds = zip(*matched, strict=True)
-    if min(seconds) <= 0:
+    if trimmed_mean(seconds) <= 0:
         raise NotRunError(f"`{against}` has forgotten nothing there that could be compared with")
     evidence: dict[str, Quantity] = {
         "matched shift, nats per answer token": -fmean(nearness),
-        f"rise on prose there, {arm}": fmean(firsts),
-        f"rise on prose there, {against}": fmean(seconds),
+        f"rise on prose there, {arm}": trimmed_mean(firsts),
+        f"rise on prose there, {against}": trimmed_mean(seconds),
         "runs that diverged": sum(int(of_arm["status"].eq("diverged").sum()) for of_arm in runs),
     }
     sample = of_trimmed_means(float.__truediv__, firsts, seconds)

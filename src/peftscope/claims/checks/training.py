@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
+from peftscope.analysis.collect import paired
 from peftscope.analysis.compare import compare
+from peftscope.analysis.exact_match import exact_matches, has_whole_split, points
 from peftscope.analysis.stats import CONFIDENCE, mean_interval, sign_flip_p, trimmed_mean
-from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults, paired
+from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults
 from peftscope.claims.measurement import POINTS, WITHIN, Measurement, NotRunError, Quantity, over_seeds
 from peftscope.models.catalog import find_model
 from peftscope.words import interval, signed
@@ -126,8 +128,8 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
     found = _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
-    if results.has_whole_split(arm, against) and (points := mean_interval(results.points(arm, against))):
-        told = interval(points.mean, points.low, points.high, lambda value: signed(value, ".1f"))
+    if has_whole_split(results, arm, against) and (more := mean_interval(points(results, arm, against))):
+        told = interval(more.mean, more.low, more.high, lambda value: signed(value, ".1f"))
         found = replace(found, evidence={**found.evidence, POINTS: told})
     is_tuned = results.rate(arm).is_tuned and results.rate(against).is_tuned
     return replace(found, p_adjusted=results.corrected_p(arm, against), matters=MARGIN * is_tuned)
@@ -211,10 +213,10 @@ def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
     A run that diverged counts with the exact match of the untouched base.
     """
     results = StudyResults(study)
-    both = results.exact_matches(arm, against)
+    both = exact_matches(results, arm, against)
     evidence = _means(both, f"exact match of {arm}, %", f"exact match of {against}, %")
     runs = (*results.arm_runs(arm)["run_id"], *results.arm_runs(against)["run_id"])
-    return _over_seeds(results, results.points(arm, against), evidence, runs)
+    return _over_seeds(results, points(results, arm, against), evidence, runs)
 
 
 def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measurement:

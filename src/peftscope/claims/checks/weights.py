@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from peftscope.analysis.study import HELDOUT, StudyResults, paired
+from peftscope.analysis.collect import paired
+from peftscope.analysis.study import HELDOUT, StudyResults
 from peftscope.analysis.weights import after_training, read_weights
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 
@@ -219,7 +220,7 @@ def entropy_gain(study: str, arm: str, against: str) -> Measurement:
     """
     bounds = {name: _entropies(_after(study, name)[1]) for name in (arm, against)}
     results = StudyResults(study)
-    both = paired(results.arm_runs(arm), results.arm_runs(against))  # the seeds that both have
+    both = paired(results.arm_runs(arm), results.arm_runs(against), HELDOUT)  # the seeds that both have
     mine, other = (bounds[name].loc[both.index] for name in (arm, against))
     values = mine.mean(axis="columns") - other.mean(axis="columns")
     least, most = float((mine["least"] - other["most"]).mean()), float((mine["most"] - other["least"]).mean())
