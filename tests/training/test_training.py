@@ -267,8 +267,10 @@ def test_wrong_schema_versions_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["pronunciation", "pronunciation-gemma"])
-def test_three_steps_in_a_world(study: str, workspace: Path, make_spec, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("study", "method"), [("pronunciation", "lora"), ("pronunciation-gemma", "lora"), ("pronunciation-gemma", "full")]
+)
+def test_three_steps_in_a_world(study: str, method: str, workspace: Path, make_spec, tmp_path: Path) -> None:
     fixed = read_experiment(Path(f"experiments/studies/{study}.yaml")).fixed
     world = {"model": fixed["model"], "task": fixed["task"]}
     if find_model(world["model"]).terms:  # whoever agrees to them has fetched it
@@ -276,11 +278,13 @@ def test_three_steps_in_a_world(study: str, workspace: Path, make_spec, tmp_path
         if not (REPOSITORY / folder).is_dir():
             pytest.skip(f"{world['model']} was not fetched")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.symlink_to(REPOSITORY / folder)
+        if not folder.exists():
+            folder.symlink_to(REPOSITORY / folder)
     fetch_model(world["model"])
     make_task(world["task"])
     sizes = {"steps": 3, "batch_size": 16, "heldout_items": 16, "eval_batch_size": 16, "schedule": "constant"}
-    spec = make_spec(method="lora", learning_rate=1e-3, retention_tokens=300, generation_items=2, **world, **sizes)
+    rate = {"lora": 1e-3, "full": 1e-4}[method]
+    spec = make_spec(method=method, learning_rate=rate, retention_tokens=300, generation_items=2, **world, **sizes)
     record = run_here(spec, tmp_path / "run")
     assert (record.status, record.reason) == ("ok", None)
     assert record.train_nll[2] < record.train_nll[0]
