@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
+from pathlib import Path
 from statistics import median
 from textwrap import fill
 from typing import Any
@@ -26,35 +28,47 @@ from peftscope.report.contrasts import (
     tuning,
 )
 from peftscope.report.looks import GREY, Look, arm_looks
-from peftscope.report.plots import LABEL_WIDTH, beside, draw_figure, plain_ticks
+from peftscope.report.plots import LABEL_WIDTH, draw_figure, new_figure, plain_ticks
 from peftscope.report.svg import INK
 from peftscope.report.tables import FEWEST_FOR_MEANS, write_table
 from peftscope.words import formatted, listed, signed
 
 EARLIER_MARGIN, MARGIN_SINCE = 0.05, "November 2026"
 """The margin that was declared when most studies were planned, and when it fell to ``MARGIN``, after their results."""
+PANELS_BESIDE = 3
+"""The most panels in a row of the figure of learning rates."""
 FARTHEST = 5.0
 """How many times as far as in the median row a point may lie for the figure of differences to show all of it."""
 
 
-def draw_tuning(axes: plt.Axes, study: StudyResults) -> None:
-    """Draws the losses of each arm over its learning rates. A ring marks the best rate.
+def draw_tuning(path: Path, study: StudyResults) -> None:
+    """Draws the losses of each arm over its learning rates, a panel each, beside those of the reference in grey.
 
-    Filled points are means over the seeds of the study, small ones the losses of the seed that served for tuning alone.
+    Filled points are means over the seeds of the study, and a ring marks the best rate. Small points are the losses of
+    the seed that served for tuning alone. An arm whose rate was given has no panel.
     """
-    styles = arm_looks(study.labels)
-    for arm, label in study.labels.items():
-        rate, (colour, marker, dash) = study.rate(arm), styles[arm]
-        reached = {x: y for x, y in rate.curve.items() if y is not None}
-        if not reached and not rate.is_tuned:
-            continue  # its rate was given
-        axes.plot(list(reached), list(reached.values()), marker=marker, ms=2, linestyle=dash, color=colour, lw=0.7)
-        axes.plot(list(rate.losses), list(rate.losses.values()), marker, ms=5, color=colour, linestyle="-", label=label)
-        axes.plot(rate.best, rate.losses[rate.best], "o", ms=11, mfc="none", mec=colour, mew=1.6)
-    axes.set(xscale="log", yscale="log", title="Learning rates that were tried")
-    axes.set(xlabel="learning rate", ylabel="NLL (nats per response token)")
-    plain_ticks(axes.yaxis)
-    beside(axes)
+    styles, rates = arm_looks(study.labels), {arm: study.rate(arm) for arm in study.labels}
+    arms = [arm for arm, rate in rates.items() if rate.is_tuned or any(y is not None for y in rate.curve.values())]
+    rows, columns = math.ceil(len(arms) / PANELS_BESIDE) or 1, min(PANELS_BESIDE, len(arms)) or 1
+    shares = {"nrows": rows, "sharex": True, "sharey": True, "squeeze": False}
+    with new_figure(path, 1 + 2.2 * columns, 0.8 + 1.7 * rows, columns, **shares) as panels:
+        for i, (axes, arm) in enumerate(zip_longest(panels.flat, arms)):
+            if arm is None:
+                axes.set_axis_off()
+                panels.flat[i - columns].tick_params(labelbottom=True)
+                continue
+            for shown, colour in ((study.reference, GREY), (arm, styles[arm].colour)):
+                rate = rates[shown]
+                reached = {x: y for x, y in rate.curve.items() if y is not None}
+                axes.plot(list(reached), list(reached.values()), "o-", ms=2, color=colour, lw=0.7)
+                axes.plot(list(rate.losses), list(rate.losses.values()), "o-", ms=4, color=colour)
+                if shown == arm:
+                    axes.plot(rate.best, rate.losses[rate.best], "o", ms=10, mfc="none", mec=colour, mew=1.6)
+            axes.set(xscale="log", yscale="log")
+            axes.set_title(fill(study.labels[arm], LABEL_WIDTH), fontsize="medium")
+            plain_ticks(axes.yaxis)
+        panels[0, 0].figure.supxlabel("learning rate")
+        panels[0, 0].figure.supylabel("NLL (nats per response token)")
 
 
 def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
@@ -171,7 +185,8 @@ def study_sentences(facts: dict[str, Any]) -> dict[str, str]:
         differences += " Dashed lines are the margin of sameness."
     if facts["a_a"] and several:
         differences += f" The grey band is what {facts['first']} differs by from itself."
-    tuning = f"Rings mark what was chosen: {facts['chosen']}. A rate at which training diverged has no point."
+    tuning = f"Each arm is drawn beside {facts['first']}, which is grey. Small points are of the tuning's seed. "
+    tuning += f"Rings mark what was chosen: {facts['chosen']}. A rate at which training diverged has no point."
     return {"differences": differences, "tuning": tuning}
 
 
@@ -191,5 +206,5 @@ def write_study(experiment: str) -> None:
         frame = make(study)
         write_table(experiment, name, frame, readable(frame, study.labels))
     figures = results_folder(experiment) / "figures"
-    draw_figure(figures / "tuning.svg", lambda axes: draw_tuning(axes, study))
+    draw_tuning(figures / "tuning.svg", study)
     draw_figure(figures / "differences.svg", lambda axes: draw_differences(axes, study))
