@@ -107,11 +107,6 @@ def test_a_file_asks_what_one_would_ask_by_hand_and_every_key_is_named(trainer: 
     assert spec.model_dump(exclude={"model"}) == by_hand.model_dump(exclude={"model"})
 
 
-def test_the_command_line_replaces_the_file(tmp_path: Path) -> None:
-    spec = question(tmp_path, FILES["axolotl"], seq_len=1024, method="full", optimizer="sgd").spec
-    assert (spec.seq_len, spec.method.name, spec.optimizer) == (1024, "full", "sgd")
-
-
 def test_flash_attention_packs_without_a_mask_and_sdpa_with_one(tmp_path: Path) -> None:
     assert not question(tmp_path, FILES["axolotl"]).spec.packing
     assert question(tmp_path, FILES["axolotl"] | {"attn_implementation": "sdpa"}).spec.packing
