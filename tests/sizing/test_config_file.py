@@ -520,7 +520,8 @@ def test_rows_set_options_that_exist_and_name_the_sources_of_their_defaults(
 def test_an_option_of_the_command_line_stands_in_for_a_value_that_is_not_modelled(tmp_path: Path) -> None:
     odd = FILES["axolotl"] | {"attn_implementation": "sage"}
     assert "give --attention" in complaint(tmp_path, odd)
-    assert question(tmp_path, odd, attention="sdpa").spec.attention == "sdpa"
+    spec = question(tmp_path, odd, attention="sdpa", method="full").spec
+    assert (spec.attention, spec.method.name) == ("sdpa", "full")
 
 
 ODD = ([1], [[]], {"a": [1]}, True, "x" * 300, -1, 1e12)
