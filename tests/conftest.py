@@ -7,6 +7,7 @@ import gc
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,17 +97,8 @@ def toy(workspace: Path) -> Path:
 
 def is_shown(lines: list[str], said: list[str]) -> bool:
     """Returns whether an output has these lines, in their order, and nothing between but where three dots stand."""
-    place, dots = 0, False
-    for line in lines:
-        if line == "...":
-            dots = True
-            continue
-        while dots and place < len(said) and said[place] != line:
-            place += 1
-        if place == len(said) or said[place] != line:
-            return False
-        place, dots = place + 1, False
-    return dots or place == len(said)
+    pattern = "".join(r"(?:.*\n)*?" if line == "..." else re.escape(line) + r"\n" for line in lines)
+    return re.fullmatch(pattern, "".join(f"{line}\n" for line in said)) is not None
 
 
 @pytest.fixture

@@ -22,8 +22,6 @@ from peftscope.analysis.exact_match import points
 from peftscope.analysis.study import HELDOUT, StudyResults
 from peftscope.analysis.tuning import choose_rates
 from peftscope.claims.checks import training
-from peftscope.claims.evaluate import evaluate_part
-from peftscope.claims.ledger import Part
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.cli.main import report
 from peftscope.cli.study import describe
@@ -687,18 +685,6 @@ def test_points_of_arms_at_several_rates_are_without_the_best_and_the_worst_seed
             table.loc[table["run_id"] == run, "greedy_match_fraction"] = value
     found = points(at_three_rates, "thin", "full")
     assert sum(found) / 6 == pytest.approx(100 * (0.5 - 0.405)) and len(found) == 6
-
-
-def test_nothing_is_concluded_from_half_a_study(tuned: None) -> None:
-    asked = {"training.heldout_gain": {"study": "mine", "arm": "lora", "against": "full"}}
-    part = Part.model_validate({"kind": "training", "measures": "a gain", "rule": {"better_by": 0}} | asked)
-    found = evaluate_part(part)
-    assert found.verdict == Verdict.NOT_RUN and "`mine`: not run" in found.reason
-    record_comparison()
-    (Path("results/runs") / members("arm-lora")[0] / "record.json").unlink()
-    collected()
-    found = evaluate_part(part)
-    assert found.verdict == Verdict.NOT_RUN and "5 of 6 runs done" in found.reason
 
 
 def test_a_run_that_diverged_stays_in_its_pair_as_the_untouched_base(tuned: None) -> None:

@@ -24,9 +24,6 @@ def test_settings_and_files_are_compared_alike(peftscope: Command, tmp_path: Pat
     words = "qlora --rank 16 --loss-path response_only", "lora --rank 16 --loss-path response_only"
     by_words = told(peftscope, MODEL, *words, "--batch-size", "2", "--seq-len", "64", "--optimizer", "adamw")
     assert by_words["first"] == "QLoRA"
-    terms = by_words["changes"] + by_words["unchanged"]
-    sums = [sum(change[side] for change in terms) for side in ("first_bytes", "second_bytes")]
-    assert sums == [by_words["first_bytes"], by_words["second_bytes"]]
     found = []
     for method, suffix in (("qlora", "json"), ("lora", "yaml")):
         spec = {"model": MODEL, "task": "x", "learning_rate": 1e-4, **SIZES}

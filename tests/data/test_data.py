@@ -131,16 +131,6 @@ def test_a_long_prompt_loses_its_start_and_never_its_response(toy: Path, make_sp
         tokenise([Item("x", "y" * 50)], tokenizer, 20)
 
 
-def test_own_jsonl_file(write_experiment) -> None:
-    lines = [json.dumps({"prompt": f"What is {n}?", "response": str(n)}) for n in range(200)]
-    write_experiment("tasks", "mine:\n  source: {kind: jsonl, path: mine.jsonl}\n  licence: CC0-1.0\n")
-    lm_eval_file("mine").write_text("task: mine\n")
-    Path("mine.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
-    manifest = json.loads((make_task("mine") / "manifest.json").read_text())
-    assert sum(manifest["items"].values()) == 200
-    assert manifest["duplicates_dropped"] == 1
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_lm_eval_file_points_at_the_data_we_make(name: str) -> None:
     content = read_yaml(lm_eval_file(name))

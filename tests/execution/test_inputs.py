@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,8 @@ from peftscope.files.manifest import file_sha256, read_manifest
 from peftscope.planning.checks import check_unchanged, inputs
 from peftscope.spec import RunSpec
 
-
-@pytest.fixture
-def own(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with its own copies of the toy model and the sums, for damage."""
-    for name in ("models/toy", "tasks/two-digit-sums"):
-        shutil.copytree(toy / "resources" / name, tmp_path / "own" / "resources" / name)
-    monkeypatch.chdir(tmp_path / "own")
-    Path("experiments").symlink_to(toy / "experiments")
-    return Path("resources")
+pytestmark = pytest.mark.usefixtures("own")
+RESOURCES = Path("resources")
 
 
 def verify(spec: RunSpec) -> None:
@@ -51,8 +43,8 @@ def change(path: Path) -> None:
         (change, "tasks/two-digit-sums/train.jsonl"),
     ],
 )
-def test_a_damaged_folder_is_quarantined_and_fetched_again(own, make_spec, capfd, file: str, damage) -> None:
-    spec, path = make_spec(), own / file
+def test_a_damaged_folder_is_quarantined_and_fetched_again(make_spec, capfd, file: str, damage) -> None:
+    spec, path = make_spec(), RESOURCES / file
     verify(spec)
     assert capfd.readouterr().err == ""
     before = path.read_bytes()
@@ -69,9 +61,9 @@ def test_a_damaged_folder_is_quarantined_and_fetched_again(own, make_spec, capfd
     assert capfd.readouterr().err == ""
 
 
-def test_data_that_come_back_different_stop_the_run(own: Path, make_spec) -> None:
+def test_data_that_come_back_different_stop_the_run(make_spec) -> None:
     verify(make_spec())
-    train = own / "tasks/two-digit-sums/train.jsonl"
+    train = RESOURCES / "tasks/two-digit-sums/train.jsonl"
     manifest = train.parent / "manifest.json"
     # As an earlier version of the generator might have made them.
     train.write_text(train.read_text().replace('"response": "9', '"response": "8'))
@@ -84,6 +76,6 @@ def test_data_that_come_back_different_stop_the_run(own: Path, make_spec) -> Non
         verify(make_spec())
 
 
-def test_a_damaged_manifest_is_no_changed_source(own: Path, make_spec) -> None:
-    cut(own / "models/toy/manifest.json")
+def test_a_damaged_manifest_is_no_changed_source(make_spec) -> None:
+    cut(RESOURCES / "models/toy/manifest.json")
     assert check_unchanged({"run": make_spec()}) == []

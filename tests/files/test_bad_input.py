@@ -82,11 +82,13 @@ def test_a_task_that_changed_after_it_was_made(write_experiment) -> None:
 
 def test_data_of_ones_own_that_changed_after_its_task_was_made(write_experiment, tmp_path: Path, peftscope) -> None:
     data = tmp_path / "mine.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": f"q {n}", "response": "x"}) for n in range(60)))
+    lines = [json.dumps({"prompt": f"q {n}", "response": "x"}) for n in range(60)]
+    data.write_text("\n".join([*lines, lines[0]]))
     write_experiment("tasks", f"mine: {{source: {{kind: jsonl, path: {data}}}}}\n")
     lm_eval_file("mine").write_text("task: mine\n")
     write_experiment("mine", "fixed: {model: toy, task: mine}\n")
-    make_task("mine")
+    manifest = json.loads((make_task("mine") / "manifest.json").read_text())
+    assert sum(manifest["items"].values()) == 60 and manifest["duplicates_dropped"] == 1
     assert make_task("mine") == task_folder("mine") and plan_experiment("mine").run_ids
     _, printed, _ = peftscope("expand", "mine", "--brief")
     test = len(read_split("mine", "test"))

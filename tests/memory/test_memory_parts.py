@@ -331,15 +331,6 @@ def test_a_peak_is_the_most_that_lives_at_once_in_a_phase() -> None:
     assert trace.alive(0) == []
 
 
-def test_paged_blocks_count_only_where_they_are_wanted() -> None:
-    trace = Trace()
-    trace.begin("optimizer")
-    trace.born(Block(4096, "optimizer states", paged=True))
-    trace.born(Block(512, "optimizer states"))
-    assert trace.peaks() == {"optimizer": Peak(4608, 2)}
-    assert trace.peaks(paged=False) == {"optimizer": Peak(512, 2)}
-
-
 def test_a_step_that_is_repeated_finds_what_lasted() -> None:
     trace = Trace()
     trace.born(Block(1024, "weights"))

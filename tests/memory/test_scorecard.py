@@ -95,7 +95,8 @@ def test_every_point_is_there_and_every_run_in_scope_is_predicted(
 
 REPRODUCED = (
     "fms-mistral-7b-lora-b4-allocated",
-    "canifinetune-qwen2.5-1.5b-qlora-b1-s1024-allocated",
+    "fms-mistral-7b-qlora-b4-allocated",
+    "canifinetune-qwen2.5-1.5b-qlora-b1-s1024-no-recomputation-allocated",
     "canifinetune-qwen2.5-0.5b-lora-b1-s1024-reserved",
     "fms-llama-3-8b-foak-fast-kernels-liger-lora-b8-allocated",
 )

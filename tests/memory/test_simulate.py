@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.agreement import ARCHITECTURES, differences, random_questions
 from peftscope.data.batching import Example, collate
-from peftscope.data.tasks import make_task
 from peftscope.errors import InputError
 from peftscope.hardware.bf16 import Way, bf16_products
 from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
@@ -26,7 +25,6 @@ from peftscope.memory.question import ask
 from peftscope.memory.simulate import answer_by_simulation, simulate
 from peftscope.methods import METHODS
 from peftscope.models.catalog import model_folder
-from peftscope.models.fetch import fetch_model
 from peftscope.models.presets import PRESETS
 from peftscope.models.shapes import EXPERTS, FAMILIES, Experts
 from peftscope.spec import RunSpec
@@ -148,14 +146,6 @@ def test_every_family(family: str, method: str, loss_path: str, precision: str, 
     base = AutoModelForCausalLM.from_config(config, **options)
     base.config.use_cache = False
     simulated, tracked = both(spec, config, base)
-    assert simulated == tracked
-
-
-@pytest.mark.slow
-def test_the_real_model(workspace: Path, make_spec) -> None:
-    fetch_model("smollm2-135m")
-    make_task("two-digit-sums")
-    simulated, tracked = both(make_spec(method="qlora", model="smollm2-135m"))
     assert simulated == tracked
 
 

@@ -96,8 +96,6 @@ def test_an_8_bit_base_is_an_option_and_a_key(tmp_path: Path) -> None:
         (FORMATS["gptq"][0], {"method": "full"}, "full on a base stored as gptq is not modelled"),
         (FORMATS["awq"][0], {"method": "dora"}, "dora on a base stored as awq is not modelled"),
         (FORMATS["fp8"][0], {"precision": "amp"}, "in bf16"),
-        ({"quant_method": "aqlm"}, {}, r"quantised \('aqlm'\) is not modelled"),
-        (None, {"method": "full", "load_in_8bit": True}, "full on a base stored as int8"),
     ],
 )
 def test_what_is_not_modelled_is_refused(

@@ -100,14 +100,15 @@ def test_simulated_peaks_are_the_tracked_ones(tuner: str, toy: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-def test_the_probe_counts_sparse_tensors(toy: Path) -> None:
+def test_the_probe_counts_a_storage_once_and_sparse_tensors(toy: Path) -> None:
     """FRoD keeps a sparse matrix for each layer, of which a storage cannot be asked for."""
     spec = tuners.spec_of("frod", probe_steps=2)
     with MemoryTracker() as tracker:
         indices = torch.zeros(2, 1000, dtype=torch.int64)
+        view = indices[0].view(-1)  # of the same storage
         sparse = torch.sparse_coo_tensor(indices, torch.zeros(1000), (9, 9), check_invariants=True)
     assert tracker.live_bytes == 16_384 + 4096
-    del indices, sparse
+    del indices, view, sparse
     assert tracker.live_bytes == 0
     peaks, resident = probe_training(build_model(load_base(spec), spec), *tuners.batches_of(spec, 1), spec)
     assert peaks["backward"] > resident > 0

@@ -54,7 +54,8 @@ GEMMA = {
 QWEN25 = {
     **{"model_type": "qwen2_5_vl", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36},
     **{"num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    **{"max_position_embeddings": 128000, "use_sliding_window": False, "vision_config": {"hidden_size": 1280}},
+    **{"max_position_embeddings": 128000, "sliding_window": 32768, "use_sliding_window": False},
+    "vision_config": {"hidden_size": 1280},
 }
 
 

@@ -131,21 +131,6 @@ def test_linked_values_move_together_and_exclusions_hold(write_experiment) -> No
     assert found == {(2, 4, 0.0), (2, 4, 0.1), (4, 8, 0.0)}
 
 
-def test_extends_merges_deeply(write_experiment) -> None:
-    base = "fixed: {model: toy, steps: 9}\nmethods: {lora: {rank: 4, alpha: 4}}\naxes: {method: [lora]}\n"
-    write_experiment("base", base)
-    write_experiment("child", "extends: base\nmethods: {lora: {rank: 2}}\n")
-    (spec,) = expand("child").runs.values()
-    assert (spec.steps, spec.method.rank, spec.method.alpha) == (9, 2, 4)
-
-
-def test_the_id_of_a_run_survives_new_fields_with_defaults(make_spec) -> None:
-    spec = make_spec(method="lora")
-    written_out = RunSpec.model_validate(spec.model_dump(mode="json"))
-    assert run_id(written_out) == run_id(spec)
-    assert "optimizer" not in spec.canonical()
-
-
 def test_what_a_job_is_given_is_the_spec_of_its_id(write_experiment) -> None:
     """Also where an experiment goes back from a method's default to the code's, as pure bf16 full fine-tuning does."""
     write_experiment("mine", "fixed: {model: toy}\nmethods: {full: {precision: bf16}}\naxes: {method: [full, pissa]}\n")
@@ -160,13 +145,6 @@ def test_the_device_is_part_of_a_gpu_runs_id() -> None:
     cpu, gpu = set(expand("quick", "cpu").runs), set(expand("quick", "cuda").runs)
     assert not cpu & gpu
     assert all("-cuda-" in identity for identity in gpu)
-
-
-def test_the_plan_asks_for_a_card_only_on_a_gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for device, cards in (("cpu", 0), ("cuda", 1)):
-        monkeypatch.setenv("PEFTSCOPE_DEVICE", device)
-        plan = plan_experiment("smoke")
-        assert {Workflow([plan]).gpus(SimpleNamespace(run_id=run)) for run in plan.run_ids} == {cards}
 
 
 def test_what_earlier_studies_ran_is_what_their_files_ask_for_and_what_sums_begins_with(in_repository: None) -> None:

@@ -19,7 +19,6 @@ from peftscope.errors import InputError
 from peftscope.execution.job import Job
 from peftscope.execution.merge import base_of_adapter, find_run, merge_run
 from peftscope.layout import PREDICTIONS_FOLDER
-from peftscope.memory.tracker import MemoryTracker
 from peftscope.models.catalog import find_model, model_folder
 from peftscope.models.fetch import fetch_model
 from peftscope.planning.experiment import read_experiment
@@ -236,21 +235,6 @@ def test_training_attention_leaves_the_mask_out_only_where_that_is_exact(make_sp
     assert training_attention(make_spec(method="lora", loss_path="hf")) == "sdpa"
     assert training_attention(make_spec(method="lora", attention="eager")) == "eager"
     assert training_attention(make_spec(method="prefix-tuning")) == "sdpa"
-
-
-class TestMemoryTracker:
-    def test_counts_a_storage_once_and_forgets_it(self) -> None:
-        with MemoryTracker() as tracker:
-            one = torch.empty(1000)
-            view = one[10:].view(-1)
-            assert tracker.live_bytes == 4096
-            two = one + 1
-            assert tracker.live_bytes == 8192
-            del one, view
-            assert tracker.live_bytes == 4096
-            del two
-        assert tracker.live_bytes == 0
-        assert tracker.peak_bytes == 8192
 
 
 def test_wrong_schema_versions_are_refused(tmp_path: Path) -> None:
