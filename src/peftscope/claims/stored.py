@@ -54,8 +54,10 @@ def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measure
         check_key(part["check"], part["with"]): Measurement(
             part["found"],
             **{name: part[name] for name in ("low", "high", "n", "evidence", "model", "tuning_error", "p_adjusted")},
-            **{name: tuple(part[name]) for name in ("samples", "axes", "run_ids")},
             **{name: part[name] for name in ("matters", "spoiled_by", "contributed") if name in part},
+            samples=tuple(part["samples"]),
+            axes=tuple(part["axes"]),
+            run_ids=tuple(part["run_ids"]),
             curves={name: {float(x): y for x, y in curve.items()} for name, curve in part["curves"].items()},
         )
         for finding in findings

@@ -37,7 +37,7 @@ def time_passes(model: Any, spec: RunSpec) -> dict[str, Timing]:
     shape = (spec.batch_size, spec.latency_tokens)
     tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(spec.device)
     with attention(model, spec.attention):
-        return {name: _time(*each, spec.device) for name, each in passes(model, tokens).items()}
+        return {name: _time(once, tidy, spec.device) for name, (once, tidy) in passes(model, tokens).items()}
 
 
 def _time(work: Callable[[], Any], tidy: Callable[[], Any], device: str) -> Timing:

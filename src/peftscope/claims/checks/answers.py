@@ -30,8 +30,8 @@ def spread_of_scores(study: str, arms: list[str]) -> Measurement:
     shares = ((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2)
     low, high = (math.sqrt(squares / chi2.ppf(share, freedom)) for share in shares)
     evidence = {f"spread of {arm}": float(each.std()) for arm, each in scores.items()}
-    about = {"model": results.subject, "run_ids": runs_of(results, *arms)}
-    return Measurement(math.sqrt(squares / freedom), low, high, freedom, evidence=evidence, **about)
+    runs, found = runs_of(results, *arms), math.sqrt(squares / freedom)
+    return Measurement(found, low, high, freedom, evidence=evidence, model=results.subject, run_ids=runs)
 
 
 def share_that_change(study: str, arms: list[str]) -> Measurement:
