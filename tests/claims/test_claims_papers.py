@@ -14,7 +14,7 @@ from ledger_parts import part_of, write_results
 from peftscope.analysis.study import HELDOUT
 from peftscope.claims.checks import altered_methods, curvature, directions
 from peftscope.claims.evaluate import PartFinding, evaluate_part
-from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layers, lora_model
+from peftscope.claims.lora_subjects import factor_of, lora_layers, lora_model
 from peftscope.claims.measurement import NotRunError
 from peftscope.claims.subjects import fetched_model, token_ids
 from peftscope.claims.verdict import Verdict
@@ -92,15 +92,15 @@ def train_adapter(run: str, rank: int, seed: int, aim: torch.Tensor | None) -> N
     """Trains LoRA on the toy model's loss, or towards a fixed update of rank one, and saves it as a run does."""
     model = lora_model(fetched_model("toy", "AutoModelForCausalLM"), rank=rank, seed=seed)
     layers = lora_layers(model).values()
-    optimizer = torch.optim.Adam([p for layer in layers for p in (factor_a(layer), factor_b(layer))], lr=0.02)
+    optimizer = torch.optim.Adam([factor_of(layer, letter) for layer in layers for letter in "AB"], lr=0.02)
     ids = token_ids(model)
     for _ in range(60 if aim is not None else 3):
         optimizer.zero_grad()
         if aim is None:
             loss = model(input_ids=ids, labels=ids).loss
         else:
-            aimed = [layer for layer in layers if factor_a(layer).shape[1] == len(aim)]
-            updates = [layer.scaling["default"] * factor_b(layer) @ factor_a(layer) for layer in aimed]
+            aimed = [layer for layer in layers if factor_of(layer, "A").shape[1] == len(aim)]
+            updates = [layer.scaling["default"] * factor_of(layer, "B") @ factor_of(layer, "A") for layer in aimed]
             loss = sum((update - torch.outer(torch.ones(len(update)), aim)).square().sum() for update in updates)
         loss.backward()
         optimizer.step()

@@ -8,20 +8,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    ValidationError,
-    ValidationInfo,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 
 from peftscope.claims.checks import known_checks
 from peftscope.claims.verdict import Rule, Verdict
 from peftscope.errors import InputError, Problem, close_match, shown
-from peftscope.files.content import Strict, read_yaml
+from peftscope.files.content import CountOrZero, Strict, read_yaml
 from peftscope.files.problems import dotted, problems_of, validated
 from peftscope.layout import CLAIMS_FILE, CLAIMS_HISTORY, shipped
 from peftscope.planning.experiment import WORLDS, experiment_path, read_experiment
@@ -270,7 +262,7 @@ def _parameters(check: str) -> type[Strict]:
     types = get_type_hints(function)
     fields: dict[str, Any] = {
         name: (
-            NonNegativeInt if types[name] is int else types[name],
+            CountOrZero if types[name] is int else types[name],
             ... if parameter.default is parameter.empty else parameter.default,
         )
         for name, parameter in inspect.signature(function).parameters.items()

@@ -106,14 +106,9 @@ def lora_layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
-def factor_a(layer: Any) -> Any:
-    """Returns the factor A, (rank, inputs)."""
-    return layer.lora_A["default"].weight
-
-
-def factor_b(layer: Any) -> Any:
-    """Returns the factor B, (outputs, rank)."""
-    return layer.lora_B["default"].weight
+def factor_of(layer: Any, letter: str) -> Any:
+    """Returns the factor A, (rank, inputs), or the factor B, (outputs, rank)."""
+    return getattr(layer, f"lora_{letter}")["default"].weight
 
 
 def update_of(layer: Any) -> Any:
@@ -124,7 +119,7 @@ def update_of(layer: Any) -> Any:
 def randomise_b(layer: Any, spread: float = 0.1, seed: int = 2) -> None:
     """Fills B with normal values of this standard deviation."""
     with torch.no_grad():
-        factor_b(layer).normal_(std=spread, generator=torch.Generator().manual_seed(seed))
+        factor_of(layer, "B").normal_(std=spread, generator=torch.Generator().manual_seed(seed))
 
 
 def backward_steps(

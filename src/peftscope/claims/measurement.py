@@ -76,6 +76,11 @@ def mean_of(values: Sequence[float], **fields: Any) -> Measurement:
     return Measurement(interval.mean, low, high, interval.n, **fields)
 
 
+def runs_of(results: StudyResults, *arms: str) -> tuple[str, ...]:
+    """Returns the ids of the runs of some arms."""
+    return tuple(run for arm in arms for run in results.arm_runs(arm)["run_id"])
+
+
 def over_seeds(
     results: StudyResults,
     values: Iterable[float],

@@ -53,16 +53,12 @@ def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measure
     return {
         check_key(part["check"], part["with"]): Measurement(
             part["found"],
-            **{name: part[name] for name in ("low", "high", "n", "evidence", "model")},
+            **{name: part[name] for name in ("low", "high", "n", "evidence", "model", "tuning_error", "p_adjusted")},
+            **{name: part[name] for name in ("matters", "spoiled_by", "contributed") if name in part},
             samples=tuple(part["samples"]),
-            tuning_error=part["tuning_error"],
-            p_adjusted=part["p_adjusted"],
-            curves={name: {float(x): y for x, y in curve.items()} for name, curve in part["curves"].items()},
             axes=tuple(part["axes"]),
             run_ids=tuple(part["run_ids"]),
-            matters=part.get("matters", 0.0),
-            spoiled_by=part.get("spoiled_by", ""),
-            contributed=part.get("contributed", False),
+            curves={name: {float(x): y for x, y in curve.items()} for name, curve in part["curves"].items()},
         )
         for finding in findings
         for part in finding["parts"]

@@ -102,11 +102,10 @@ class LoftQ(LowRankOnFewBits):
             update = left @ right
         base.weight = packed
         with torch.no_grad():
-            layer.lora_B["default"].weight.copy_(left / scale**0.5)
-            layer.lora_A["default"].weight.copy_(right / scale**0.5)
-            reached = dequantised + scale * (
-                layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
-            )
+            a, b = (factor["default"].weight for factor in (layer.lora_A, layer.lora_B))
+            a.copy_(right / scale**0.5)
+            b.copy_(left / scale**0.5)
+            reached = dequantised + scale * (b.float() @ a.float())
         return float(torch.linalg.norm(weight - reached) / plain_error)
 
     def metrics(self, model: Any) -> dict[str, float]:

@@ -47,52 +47,24 @@ class Preset(NamedTuple):
 PRESETS_FILE = Path(__file__).with_name("presets.csv")
 """The presets, one a row. Columns are named as the fields of ``Preset`` and of its shape; an empty cell is not said.
 
-``tower`` is the kind of its vision tower, which has the usual sizes of its kind.
+``tower`` is the kind of its vision tower, which has the usual sizes of its kind where the row gives none.
 """
+TOWER = ("depth", "hidden_size", "intermediate_size")
 
 
 def _preset(row: dict[str, str]) -> Preset:
     said = {column: value for column, value in row.items() if value}
     hub_id, source = said.pop("hub_id"), said.pop("source")
     experts = {part: said.pop(f"experts.{part}") for part in Experts.model_fields if f"experts.{part}" in said}
-    tower = said.pop("tower", None)
+    kind = said.pop("tower", "")
+    tower = {part: int(said.pop(f"tower.{part}")) for part in TOWER if f"tower.{part}" in said}
     shape = ModelShape.model_validate(said | {"experts": experts or None})
-    return Preset(hub_id, shape, source, vision_of(tower, {}, shape.hidden_size) if tower else None)
+    return Preset(hub_id, shape, source, vision_of(kind, tower, shape.hidden_size) if kind else None)
 
 
 with PRESETS_FILE.open(newline="", encoding="utf-8") as _file:
     PRESETS: dict[str, Preset] = {row.pop("name"): _preset(row) for row in csv.DictReader(_file)}
 """The well-known base models by the names that commands take."""
-
-TORCHTUNE = (
-    "pytorch/torchtune torchtune/models/qwen2_5_vision/_model_builders.py @ 49698b248e5ac5fe4a5e46950a2bf9bb05caee9c"
-)
-TORCHTITAN = "pytorch/torchtitan torchtitan/experiments/qwen3_vl/__init__.py @ 0375bb6789fa55559e7bb58d81e8cca47cb418a1"
-_WIDER = {"intermediate_size": 3456}
-_SMALLER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
-_VISION: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "qwen2.5-vl-3b": ("qwen2.5-3b", TORCHTUNE, {}),
-    "qwen2.5-vl-7b": ("qwen2.5-7b", TORCHTUNE, {}),
-    "qwen2.5-vl-32b": ("qwen2.5-32b", TORCHTUNE, _WIDER),
-    "qwen2.5-vl-72b": ("qwen2.5-72b", TORCHTUNE, _WIDER),
-    "qwen3-vl-2b": ("qwen3-1.7b", TORCHTITAN, _SMALLER),
-    "qwen3-vl-4b": ("qwen3-4b", f"{TORCHTITAN}, for its 2B; its hub for the rest", _SMALLER),
-    "qwen3-vl-8b": ("qwen3-8b", TORCHTITAN, {}),
-    "qwen3-vl-32b": ("qwen3-32b", f"{TORCHTITAN}, for the tower of its 8B; its hub for the rest", {}),
-    "qwen3-vl-30b-a3b": ("qwen3-30b-a3b", TORCHTITAN, {}),
-    "qwen3-vl-235b-a22b": ("qwen3-235b-a22b", TORCHTITAN, {}),
-}
-"""Vision-language models: the preset of their text model, the code that lists them, and what their towers have else."""
-
-
-def _seeing(name: str, text: str, source: str, tower: dict[str, Any]) -> Preset:
-    kind, length = ("qwen2_5_vl", 128000) if name.startswith("qwen2.5") else ("qwen3_vl", 262144)
-    shape = PRESETS[text].shape.model_copy(update={"max_seq_len": length})
-    hub_id = f"Qwen/{name.upper().replace('QWEN', 'Qwen')}-Instruct"
-    return Preset(hub_id, shape, source, vision_of(kind, tower, shape.hidden_size))
-
-
-PRESETS |= {name: _seeing(name, *rest) for name, rest in _VISION.items()}
 
 SIMULATED_FILE = Path(__file__).with_name("simulated.json")
 SIMULATED: dict[str, Simulated] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -47,26 +49,9 @@ class Kind(NamedTuple):
     text: dict[str, Any]
 
 
-_QWEN2 = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "patch_size": 14}
-_QWEN3 = {
-    "depth": 27,
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "patch_size": 16,
-    "num_position_embeddings": 2304,
-}
-_SIGLIP = {"num_hidden_layers": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14, "image_size": 896}
-_PIXTRAL = {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14}
-_GEMMA3 = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
-
+KINDS_FILE = Path(__file__).with_name("vision.json")
 KINDS: dict[str, Kind] = {
-    "qwen2_5_vl": Kind("qwen2", 3, (1, 0), 1, _QWEN2, {}),
-    "qwen3_vl": Kind("qwen3", 2, (1, 1), 2, _QWEN3 | {"deepstack_visual_indexes": (8, 16, 24)}, {}),
-    "qwen3_vl_moe": Kind("qwen3_moe", 2, (1, 1), 2, _QWEN3 | {"deepstack_visual_indexes": (8, 16, 24)}, {}),
-    "qwen3_5": Kind("", 2, (1, 1), 2, _QWEN3, {}),
-    "qwen3_5_moe": Kind("", 2, (1, 1), 2, _QWEN3, {}),
-    "gemma3": Kind("gemma3_text", 2, (1, 1), 2, _SIGLIP, _GEMMA3),
-    "mistral3": Kind("mistral", 3, (0, 0), 1, _PIXTRAL, {}),
+    name: Kind(**known) for name, known in json.loads(KINDS_FILE.read_text(encoding="utf-8")).items()
 }
 """Kinds of vision-language models by ``model_type``. Sizes are transformers' defaults, but for Qwen2.5-VL's width,
 SigLIP and Pixtral's patches. Those are of models on the hub, whose totals follow exactly."""

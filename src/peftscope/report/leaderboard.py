@@ -27,27 +27,6 @@ from peftscope.words import MIB, formatted
 
 SHOWN_ELSEWHERE = ("init_seed", "learning_rate", "file_sha256")
 """The settings that have a column of their own, or say nothing to a reader."""
-LEAD = (
-    "Every arm that a study has finished against its reference, with the numbers and the words of the study's own "
-    "report. Rows stand in the order of their estimates. A place in a list is no result: what counts is the interval, "
-    "and what the study says."
-)
-POINTS = (
-    f"Differences are over pairs of seeds, with {100 * CONFIDENCE:g} % intervals that include the tuning of both arms. "
-    "Where arms ran at several rates, means are without the best and the worst seed; elsewhere they are compared at "
-    "the rate chosen for each. Above zero is better. “Within” is the smallest margin at which two one-sided tests call "
-    "two arms the same.",
-    "A study tells arms apart after Holm's correction for all of its comparisons; one that several studies make of the "
-    f"same runs is corrected in one of them. Arms are the same within {100 * MARGIN:g} % of what the task teaches; "
-    f"most studies were planned for {100 * EARLIER_MARGIN:g} %, so that many cannot tell. What two rows say of the "
-    "reference does not compare them with each other.",
-    "The A/A rows are an arm that entered twice, against itself: a smaller difference of another row means nothing.",
-    "A table has the studies whose references have the same runs. It holds for its model and its task, and for its "
-    "number of steps and its batch unless a row's settings name others. The test items are taken as they are: other "
-    "items, tasks and larger models are not covered by the intervals.",
-    "Peaks are those of live tensors, as predicted. Step times are empty where runs shared the machine.",
-)
-"""What the tables can and cannot say."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +195,9 @@ def write_leaderboard(sections: list[Section], left_out: dict[str, str], folder:
     content: dict[str, Any] = {
         "sections": [_content(section, folder) for section in sections],
         "left_out": left_out,
-        "lead": LEAD,
-        "points": POINTS,
+        "confidence": f"{100 * CONFIDENCE:g}",
+        "margin": f"{100 * MARGIN:g}",
+        "earlier_margin": f"{100 * EARLIER_MARGIN:g}",
         "style": asset("report.css"),
     }
     write_page(folder / f"{LEADERBOARD}.md", "leaderboard.md.j2", **content)

@@ -86,6 +86,7 @@ def write_report(experiment: str) -> Path:
     ]
     if not is_finished:
         figures, answers = figures + answers, []
+    memory = runs["host_memory_bytes"].dropna()
     tables = {path.stem: path.read_text() for path in (folder / "tables").glob("*.html")}
     beside = {"limits": limited_runs(runs), "latency": latencies(runs)}
     if weights_path(folder).is_file():
@@ -108,7 +109,9 @@ def write_report(experiment: str) -> Path:
         capacity=_capacity_pages(folder, experiment),
         memory=_memory_pages(),
         endings=", ".join(f"{count} {status}" for status, count in runs["status"].value_counts().items()),
-        facts=_facts(runs),
+        values=partial(_values, runs),
+        host_memory=spoken_bytes(memory.iloc[0], 0) if len(memory) else "-",
+        work=spoken_time(float(runs["wall_seconds"].sum())),
         warnings=_warnings(runs),
         materials=_materials(runs),
     )
@@ -157,29 +160,9 @@ def _figure(folder: Path, name: str, sentence: str) -> dict[str, Any]:
     return {"name": name, "sentence": sentence, "image": in_page((folder / f"{name}.svg").read_text(), sentence)}
 
 
-def _facts(runs: pd.DataFrame) -> list[tuple[str, str]]:
-    """Returns the facts that all runs should share, each with every value that occurs."""
-
-    def values(column: str) -> str:
-        return listed(sorted(runs[column].dropna().unique())) or "-"
-
-    memory = runs["host_memory_bytes"].dropna()
-    return [
-        ("Base model", values("model")),
-        ("Task", values("task")),
-        ("Seeds", values("seed")),
-        ("Steps of training, batch size", f"{values('steps')}, {values('batch_size')}"),
-        ("Precision", values("precision")),
-        ("Loss path", values("loss_path")),
-        ("Adapter dtype", values("adapter_dtype") if "adapter_dtype" in runs else "-"),
-        ("Processor", f"{values('cpu')}; cores: {values('cores')}; threads: {values('threads')}"),
-        ("Products of bf16 matrices", values("bf16_products")),
-        ("Memory", spoken_bytes(memory.iloc[0], 0) if len(memory) else "-"),
-        ("GPU", values("gpu")),
-        ("torch", values("torch")),
-        ("Commit", values("git_commit")),
-        ("Work of all runs", spoken_time(float(runs["wall_seconds"].sum()))),
-    ]
+def _values(runs: pd.DataFrame, column: str) -> str:
+    """Returns every value of a column that all runs should share."""
+    return listed(sorted(runs[column].dropna().unique()) if column in runs else ()) or "-"
 
 
 def _warnings(runs: pd.DataFrame) -> list[str]:

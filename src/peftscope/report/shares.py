@@ -38,23 +38,17 @@ def share_table(study: StudyResults, field: str) -> pd.DataFrame:
         runs = study.arm_runs(arm)
         if arm.endswith(A_A) or runs[field].isna().any():
             continue
+        difference = study.difference(arm, whole) if arm != whole else None
+        ahead = (difference.mean, *difference.interval()) if difference else (0.0, 0.0, 0.0)
         row = {
             "arm": arm,
             "method": str(runs["label"].iloc[0]),
             field: runs[field].iloc[0],
             "rate": study.rate(arm).best,
-            "share": 1.0,
-            "low": 1.0,
-            "high": 1.0,
-            "is_same": True,
-            "is_whole": arm == whole,
+            "is_same": difference is None or difference.is_same,
+            "is_whole": difference is None,
         }
-        if arm != whole:
-            difference = study.difference(arm, whole)
-            low, high = difference.interval()
-            row |= {"share": 1 + difference.mean / gain, "low": 1 + low / gain, "high": 1 + high / gain}
-            row["is_same"] = difference.is_same
-        rows.append(row)
+        rows.append(row | {name: 1 + by / gain for name, by in zip(("share", "low", "high"), ahead, strict=True)})
     table = pd.DataFrame(rows, columns=None if rows else ["method", field]).sort_values(["method", field])
     return table[table.groupby("method")[field].transform("nunique") > 1].reset_index(drop=True)
 

@@ -16,17 +16,7 @@ from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import LOWEST, MARGIN, PLANNED, StudyResults
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, STEP, Study
-from peftscope.report.contrasts import (
-    answer,
-    compared_label,
-    contrasts,
-    controls,
-    readable_contrasts,
-    readable_controls,
-    readable_tuning,
-    told_left_out,
-    tuning,
-)
+from peftscope.report import contrasts
 from peftscope.report.looks import GREY, Look, arm_looks
 from peftscope.report.plots import LABEL_WIDTH, draw_figure, new_figure, plain_ticks
 from peftscope.report.svg import INK
@@ -97,7 +87,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
         axes.axvline(side, color=INK, linestyle="--", linewidth=0.9)
     axes.axvline(0, color=INK, linewidth=0.9)
     cut_at(axes, samples)
-    names = [compared_label(arm, against, study.reference, labels) for arm, against in pairs]
+    names = [contrasts.compared_label(arm, against, study.reference, labels) for arm, against in pairs]
     axes.set_yticks(range(len(pairs)), [fill(name, LABEL_WIDTH) for name in names])
     axes.set_ylim(max(1, len(pairs)) - 0.5, -0.5)
     unit = "% of the task gain" if has_gain else "nats per response token"
@@ -120,7 +110,8 @@ def cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
 
 def power(study: StudyResults) -> dict[str, Any]:
     """Returns what the study could see: its yardstick, the half-widths of its intervals, and the arms that miss."""
-    found = {compared_label(*pair, study.reference, study.labels): study.difference(*pair) for pair in study.compared}
+    names = [contrasts.compared_label(*pair, study.reference, study.labels) for pair in study.compared]
+    found = {name: study.difference(*pair) for name, pair in zip(names, study.compared, strict=True)}
     widths = {name: 100 * difference.half_width() / study.yardstick for name, difference in found.items()}
     of_sameness = 2 * CONFIDENCE - 1
     narrow = {name: 100 * one.half_width(of_sameness) / study.yardstick for name, one in found.items()}
@@ -142,7 +133,7 @@ def power(study: StudyResults) -> dict[str, Any]:
 
 def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     """Returns the values for the sentences of the study's section."""
-    labels, table = study.labels, contrasts(study)
+    labels, table = study.labels, contrasts.contrasts(study)
     rows = table.to_dict("records")
     a_a = [row for row in rows if row["arm"].endswith(A_A)]
     given = [labels[arm] for arm in (*settings.given_rates, *settings.borrowed_rates) if arm in labels]
@@ -150,7 +141,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     return {
         "first": labels[study.reference],
         "subject": study.subject,
-        "answer": answer(table, labels),
+        "answer": contrasts.answer(table, labels),
         "compares": bool(rows),
         "a_a": bool(a_a),
         "no_gain": math.isnan(study.yardstick) and any(name == "shuffled-labels" for name, _ in study.controls),
@@ -169,7 +160,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         ),
         "chosen": "; ".join(f"{labels[arm]} {r.best:g}" for arm, r in rates.items() if r.curve or r.is_tuned),
         "at_an_end": "; ".join(labels[arm] for arm in study.arms_at_an_end),
-        "left_out": told_left_out(study),
+        "left_out": contrasts.told_left_out(study),
         "base_loss": f"{study.base_loss:.3f}",
         "smallest_p": f"{2 / 2 ** len(settings.seeds):.3g}",
     }
@@ -199,9 +190,9 @@ def write_study(experiment: str) -> None:
     study = StudyResults(experiment)
     study.require_finished()
     for name, make, readable in (
-        ("contrasts", contrasts, readable_contrasts),
-        ("controls", controls, readable_controls),
-        ("tuning", tuning, readable_tuning),
+        ("contrasts", contrasts.contrasts, contrasts.readable_contrasts),
+        ("controls", contrasts.controls, contrasts.readable_controls),
+        ("tuning", contrasts.tuning, contrasts.readable_tuning),
     ):
         frame = make(study)
         write_table(experiment, name, frame, readable(frame, study.labels))

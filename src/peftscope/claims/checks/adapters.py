@@ -13,15 +13,7 @@ from scipy import stats
 from torch.overrides import TorchFunctionMode
 
 from peftscope.analysis.stats import CONFIDENCE
-from peftscope.claims.lora_subjects import (
-    factor_a,
-    factor_b,
-    lora_layer,
-    lora_layers,
-    lora_model,
-    randomise_b,
-    update_of,
-)
+from peftscope.claims.lora_subjects import factor_of, lora_layer, lora_layers, lora_model, randomise_b, update_of
 from peftscope.claims.measurement import Measurement, mean_of
 from peftscope.claims.subjects import (
     BLOCK_LINEAR,
@@ -42,10 +34,8 @@ def factor_shape(factor: str) -> Measurement:
     """Returns the shape of PEFT's factor A or B as text, in torch's layout: outputs × inputs of a linear layer."""
     layer = lora_layer(inputs=48, outputs=80, rank=8)
     words = {48: "n", 80: "m", 8: "r"}
-    shapes = {
-        name: " × ".join(words[size] for size in weight.shape)
-        for name, weight in {"A": factor_a(layer), "B": factor_b(layer), "W": layer.get_base_layer().weight}.items()
-    }
+    weights = {letter: factor_of(layer, letter) for letter in "AB"} | {"W": layer.get_base_layer().weight}
+    shapes = {name: " × ".join(words[size] for size in weight.shape) for name, weight in weights.items()}
     return Measurement(shapes[factor], evidence=shapes, model="torch.nn.Linear from n to m values, r = 8")
 
 
@@ -58,7 +48,7 @@ def formula_error(rank: int, alpha: float, with_scale: bool) -> Measurement:
     randomise_b(layer)
     x = torch.randn(32, 256)
     weight, factor = layer.get_base_layer().weight, alpha / rank if with_scale else 1.0
-    expected = x @ weight.T + factor * (x @ factor_a(layer).T) @ factor_b(layer).T
+    expected = x @ weight.T + factor * (x @ factor_of(layer, "A").T) @ factor_of(layer, "B").T
     output = layer(x)
     error = (output - expected).abs().max() / output.abs().max()
     return Measurement(error.item(), evidence={"alpha/rank": alpha / rank}, model="a linear layer, 256 × 192, fp32")
@@ -69,7 +59,7 @@ def scale(rank: int, alpha: float, rank_stabilised: bool = False) -> Measurement
     layer = lora_layer(inputs=256, outputs=192, rank=rank, alpha=alpha, use_rslora=rank_stabilised)
     randomise_b(layer)
     x = torch.randn(32, 256)
-    product = (x @ factor_a(layer).T) @ factor_b(layer).T
+    product = (x @ factor_of(layer, "A").T) @ factor_of(layer, "B").T
     factor = ((layer(x) - layer.get_base_layer()(x)) * product).sum() / product.square().sum()
     return Measurement(factor.item(), model="a linear layer, 256 × 192, fp32")
 
@@ -130,7 +120,7 @@ def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measuremen
         inputs: The columns of A.
     """
     layers = {r: lora_layer(inputs, 16, rank=r, init_lora_weights=init) for r in (1, rank, 64)}
-    values = {r: factor_a(layer).detach().flatten() for r, layer in layers.items()}
+    values = {r: factor_of(layer, "A").detach().flatten() for r, layer in layers.items()}
     sample, spread = values[rank].numpy(), values[rank].std().item()
     bound = math.sqrt(3) * spread
     distance = float(stats.kstest(sample, "norm", args=(0, spread)).statistic)
@@ -210,7 +200,7 @@ def _variant(base: Any, name: str) -> Any:
         for layer in lora_layers(model).values():
             randomise_b(layer)
             with torch.no_grad():
-                factor_a(layer).zero_()
+                factor_of(layer, "A").zero_()
     return model.eval()
 
 

@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from peftscope.analysis.exact_match import ACCURACY, exact_match
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
-from peftscope.claims.measurement import Measurement, NotRunError, over_seeds
+from peftscope.claims.measurement import Measurement, NotRunError, over_seeds, runs_of
 from peftscope.layout import run_folder
 from peftscope.planning.published import ITEMS
 
@@ -30,8 +30,7 @@ def spread_of_scores(study: str, arms: list[str]) -> Measurement:
     shares = ((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2)
     low, high = (math.sqrt(squares / chi2.ppf(share, freedom)) for share in shares)
     evidence = {f"spread of {arm}": float(each.std()) for arm, each in scores.items()}
-    runs = tuple(run for arm in arms for run in results.arm_runs(arm)["run_id"])
-    found = math.sqrt(squares / freedom)
+    runs, found = runs_of(results, *arms), math.sqrt(squares / freedom)
     return Measurement(found, low, high, freedom, evidence=evidence, model=results.subject, run_ids=runs)
 
 
@@ -53,7 +52,7 @@ def share_that_change(study: str, arms: list[str]) -> Measurement:
     for arm, table in marks.items():
         evidence[f"right in one and wrong in the other, {arm}"] = float(_differing(table).stack().mean())
     evidence["items"] = min(len(table) for table in texts.values())
-    return over_seeds(results, by_seed, evidence, [run for arm in arms for run in results.arm_runs(arm)["run_id"]])
+    return over_seeds(results, by_seed, evidence, runs_of(results, *arms))
 
 
 def _differing(table: pd.DataFrame) -> pd.DataFrame:

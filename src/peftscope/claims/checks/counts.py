@@ -34,12 +34,12 @@ def gigabytes(parameters: float | str, dtypes: dict[str, str]) -> Measurement:
         parameters: The number of parameters, or a preset whose modules are counted.
         dtypes: The torch dtype of each kept value, by the value's name.
     """
-    is_preset = isinstance(parameters, str)
+    name = parameters if isinstance(parameters, str) else ""
     count = _count(meta_model(parameters)) if isinstance(parameters, str) else parameters
-    sizes = {name: getattr(torch, dtype).itemsize for name, dtype in dtypes.items()}
-    evidence = {f"{name}, GB": size * count / GB for name, size in sizes.items()}
+    sizes = {value: getattr(torch, dtype).itemsize for value, dtype in dtypes.items()}
+    evidence = {f"{value}, GB": size * count / GB for value, size in sizes.items()}
     evidence |= {"parameters": count, "bytes per parameter": sum(sizes.values())}
-    return Measurement(sum(sizes.values()) * count / GB, evidence=evidence, model=str(parameters) if is_preset else "")
+    return Measurement(sum(sizes.values()) * count / GB, evidence=evidence, model=name)
 
 
 def full_to_low_rank_ratio(rows: int, columns: int, rank: int) -> Measurement:
@@ -133,21 +133,18 @@ def stored_gigabytes(values: float, storage: str) -> Measurement:
     return Measurement(size * values / GB, evidence={"bits per weight": 8 * size, "kept as": str(stored.dtype)})
 
 
-def average_bits(preset: str, double_quant: bool = True, rest: str = "bfloat16") -> Measurement:
+def average_bits(preset: str, rest: str = "bfloat16") -> Measurement:
     """Returns the bits per parameter of a model in NF4, including the weights that are not quantised.
 
     Args:
-        preset: The model. Every linear layer except its head is quantised, as in transformers.
-        double_quant: Whether block constants are quantised too.
+        preset: The model. Every linear layer except its head is quantised, as in transformers, and block constants too.
         rest: The torch dtype of all other weights.
     """
     model = meta_model(preset)
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
     quantised = sum(module.weight.numel() for module in linears)
     others = _count(model) - quantised
-    size = getattr(torch, rest).itemsize
-    constant = 8 + 32 / SECOND_BLOCK if double_quant else 32
-    bits = quantised * (4 + constant / BLOCK) + 8 * size * others
+    bits = quantised * (4 + (8 + 32 / SECOND_BLOCK) / BLOCK) + 8 * getattr(torch, rest).itemsize * others
     evidence = {
         "quantised weights": quantised,
         "other weights": others,

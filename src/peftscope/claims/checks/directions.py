@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from peftscope.analysis.study import StudyResults
-from peftscope.claims.measurement import Measurement, NotRunError, geometric_mean_of, mean_of
+from peftscope.claims.measurement import Measurement, NotRunError, geometric_mean_of, mean_of, runs_of
 from peftscope.claims.subjects import weight_matrices
 from peftscope.files.atomic import write_json
 from peftscope.layout import directions_path, published, run_folder
@@ -126,5 +126,4 @@ def _directions(a: torch.Tensor, b: torch.Tensor, scale: float, of: str) -> torc
 
 def _about(study: str, arms: tuple[str, ...]) -> dict[str, Any]:
     results = StudyResults(study)
-    runs = tuple(run for arm in dict.fromkeys(arms) for run in results.arm_runs(arm)["run_id"])
-    return {"model": results.subject, "run_ids": runs}
+    return {"model": results.subject, "run_ids": runs_of(results, *dict.fromkeys(arms))}

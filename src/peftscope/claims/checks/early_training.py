@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layer, regression
+from peftscope.claims.lora_subjects import factor_of, lora_layer, regression
 from peftscope.claims.measurement import Measurement, log_slope
 
 WIDTH = 256
@@ -72,7 +72,7 @@ def moment_slope(
             above = (layer(x) - target).detach()
             update = getattr(torch.optim, optimizer)(_factors(layer), lr=RATES[optimizer])
             _train(layer, x, target, update, steps)
-            a, b, scale = factor_a(layer).detach(), factor_b(layer).detach(), layer.scaling["default"]
+            a, b, scale = factor_of(layer, "A").detach(), factor_of(layer, "B").detach(), layer.scaling["default"]
             found = scale * (x @ a.T @ b.T if where == "output" else above @ b @ a)
             total += found
             squares += float(found.square().mean()) / starts
@@ -109,21 +109,21 @@ def _feature_changes(width: int, seed: int, rate_a: float, rate_b: float, steps:
     head = torch.randn(width, generator=generator) / width**0.5
     labels = torch.randn(EXAMPLES, generator=generator).sign()
     layer = lora_layer(width, width, rank=4, alpha=4, seed=seed)
-    start = factor_a(layer).detach().clone()
-    groups = [{"params": [factor_a(layer)], "lr": rate_a}, {"params": [factor_b(layer)], "lr": rate_b}]
+    start = factor_of(layer, "A").detach().clone()
+    groups = [{"params": [factor_of(layer, "A")], "lr": rate_a}, {"params": [factor_of(layer, "B")], "lr": rate_b}]
     optimizer = torch.optim.Adam(groups, eps=1e-30)
     for _ in range(steps):
         optimizer.zero_grad()
         (-(layer(x) @ head) * labels).mean().backward()
         optimizer.step()
-    left = factor_b(layer).detach()
-    parts = ((factor_a(layer).detach() - start), start)
+    left = factor_of(layer, "B").detach()
+    parts = ((factor_of(layer, "A").detach() - start), start)
     by_a, by_b = (float((x @ right.T @ left.T).square().mean().sqrt()) for right in parts)
     return by_a, by_b
 
 
 def _factors(layer: Any) -> list[Any]:
-    return [factor_a(layer), factor_b(layer)]
+    return [factor_of(layer, "A"), factor_of(layer, "B")]
 
 
 def _loss(layer: Any, x: Any, target: Any) -> float:

@@ -45,7 +45,7 @@ def step_ratio(
     def ratio(above: Row, below: Row) -> list[Found]:
         return [("", median_ratio_interval(quartiles(above, "step"), quartiles(below, "step")))]
 
-    return _over_batches([run, against], batch_sizes, ratio, extreme, model, results)
+    return _ours_or_contributed(partial(_most_extreme, [run, against], batch_sizes, ratio, extreme, model), results)
 
 
 def latency_ratio(
@@ -72,25 +72,17 @@ def latency_ratio(
         return [(f", {name}", median_ratio_interval(*pair)) for name, pair in both.items()]
 
     measured = f"latency_{state}_token_repeats"
-    return _over_batches([run], batch_sizes, ratios, extreme, model, results, measured)
+    on = partial(_most_extreme, [run], batch_sizes, ratios, extreme, model, measured=measured)
+    return _ours_or_contributed(on, results)
 
 
-def _over_batches(
-    runs: list[Run],
-    batch_sizes: tuple[int, ...],
-    compare: Callable[..., list[Found]],
-    extreme: Extreme,
-    model: str,
-    results: tuple[str, ...],
-    measured: str = "status",
-) -> Measurement:
-    """Returns the most extreme ratio over batch sizes and cards: ours, or if none of them has measured, contributed."""
-    on = partial(_most_extreme, runs, batch_sizes, compare, extreme, model, measured)
+def _ours_or_contributed(on: Callable[..., Measurement], results: tuple[str, ...]) -> Measurement:
+    """Returns what was measured on our cards or, if none of them has measured it, on contributed ones."""
     try:
-        return on(folder for folder in results if not is_contributed(folder))
+        return on(folders=[folder for folder in results if not is_contributed(folder)])
     except NotRunError as missing:
         try:
-            found = on(filter(is_contributed, results))
+            found = on(folders=filter(is_contributed, results))
         except NotRunError:
             raise missing from None
     return replace(found, model=f"{found.model} (contributed)", contributed=True)
@@ -102,8 +94,9 @@ def _most_extreme(
     compare: Callable[..., list[Found]],
     extreme: Extreme,
     model: str,
-    measured: str,
+    *,
     folders: Iterable[str],
+    measured: str = "status",
 ) -> Measurement:
     """Returns the most extreme ratio over batch sizes and cards. A card counts if it tried every run at every size."""
     found: dict[str, tuple[float, float, float]] = {}

@@ -9,8 +9,7 @@ import torch
 
 from peftscope.claims.lora_subjects import (
     backward_steps,
-    factor_a,
-    factor_b,
+    factor_of,
     four_bit,
     linear_names,
     lora_layers,
@@ -28,7 +27,7 @@ def share_with_gradient(factor: str, step: int) -> Measurement:
     layers = list(lora_layers(model).values())
     norms: list[float] = []
     for _ in backward_steps(model, step):
-        norms = [(factor_a(layer) if factor == "A" else factor_b(layer)).grad.norm().item() for layer in layers]
+        norms = [factor_of(layer, factor).grad.norm().item() for layer in layers]
     share = sum(norm > 0 for norm in norms) / len(norms)
     return Measurement(share, n=len(norms), evidence={"largest gradient norm": max(norms)}, model=TINY)
 
@@ -43,9 +42,9 @@ def share_of_growing_steps(steps: int) -> Measurement:
     model = lora_model(tiny_llama())
     layers = list(lora_layers(model).values())
     curve, grew = {0.0: _relative_size(layers)}, 0
-    before = [factor_b(layer).detach().clone() for layer in layers]
+    before = [factor_of(layer, "B").detach().clone() for layer in layers]
     for step, _ in enumerate(backward_steps(model, steps, after=True), start=1):
-        after = [factor_b(layer).detach().clone() for layer in layers]
+        after = [factor_of(layer, "B").detach().clone() for layer in layers]
         curve[float(step)] = _relative_size(layers)
         changed = not any(old.equal(new) for old, new in zip(before, after, strict=True))
         grew += changed and curve[float(step)] > curve[float(step - 1)]
@@ -63,7 +62,7 @@ def share_of_growing_steps(steps: int) -> Measurement:
 def gradient_from_zero(steps: int) -> Measurement:
     """Returns the largest gradient of any adapter value in this many steps if A and B both start at zero."""
     model = lora_model(tiny_llama())
-    factors = [factor(layer) for layer in lora_layers(model).values() for factor in (factor_a, factor_b)]
+    factors = [factor_of(layer, letter) for layer in lora_layers(model).values() for letter in "AB"]
     with torch.no_grad():
         for factor in factors:  # B is zero already
             factor.zero_()
@@ -80,7 +79,8 @@ def rank_from_equal_rows(steps: int, rank: int, equal: bool) -> Measurement:
     if equal:
         with torch.no_grad():
             for layer in lora_layers(model).values():
-                factor_a(layer).copy_(factor_a(layer)[:1].expand_as(factor_a(layer)).clone())
+                a = factor_of(layer, "A")
+                a.copy_(a[:1].expand_as(a).clone())
     trained(model, steps, learning_rate=0.1, optimizer="SGD")
     ranks = [int(torch.linalg.matrix_rank(update_of(layer), rtol=1e-6)) for layer in lora_layers(model).values()]
     return Measurement(max(ranks), n=len(ranks), evidence={"smallest": min(ranks)}, model=TINY)
@@ -106,8 +106,8 @@ def share_in_first_gradient(
     model = lora_model(base, rank=rank, alpha=2 * rank)
     layers, curve, losses = lora_layers(model), {}, []
     for step, loss in enumerate(backward_steps(model, steps, rate, optimizer, after=True), start=1):
-        columns = {name: factor_b(layer) if factor == "B" else factor_a(layer).T for name, layer in layers.items()}
-        bases = {name: torch.linalg.qr(each.detach()).Q for name, each in columns.items()}
+        factors = {name: factor_of(layer, factor).detach() for name, layer in layers.items()}
+        bases = {name: torch.linalg.qr(each if factor == "B" else each.T).Q for name, each in factors.items()}
         shares = [float((leading[name].T @ basis).square().sum()) / rank for name, basis in bases.items()]
         curve[float(step)] = sum(shares) / len(shares)
         losses.append(loss)

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -26,25 +27,6 @@ from peftscope.claims.measurement import Measurement, geometric_mean_of, mean_of
 from peftscope.claims.subjects import fetched, fetched_model, weight_matrices
 from peftscope.methods.loftq import LoftQ, best_rank_approximation
 from peftscope.words import counted
-
-SENTENCES = (
-    "The ferry leaves the harbour at seven and comes back after dark.",
-    "Heat the oil, add the onions, and stir until they are soft.",
-    "The court ruled that the contract had been void from the start.",
-    "How many people live in the largest city of the country?",
-    "She sold her old bicycle and bought a better one the same day.",
-    "A prime number has exactly two divisors, one and itself.",
-    "Rain is expected in the north, with strong winds on the coast.",
-    "The patient was given antibiotics and sent home after two days.",
-    "Please restart the computer before you install the update.",
-    "Profits fell by a third because fewer customers came in winter.",
-    "The violin plays the melody while the cello holds a low note.",
-    "Light from that star takes four years to reach the earth.",
-    "He scored twice in the second half and was substituted late.",
-    "The bridge was closed for repairs until the end of the month.",
-    "Most birds of this species fly south when the days grow short.",
-    "Children under twelve may enter the museum free of charge.",
-)
 
 
 def loftq_error_ratio(model: str, rank: int, alpha: float, iterations: int, by: str, matrices: int) -> Measurement:
@@ -241,5 +223,6 @@ def _answers(model: str, change: Callable[[torch.Tensor], torch.Tensor]) -> list
     for name, module in encoder.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layer." in name:
             module.weight.data = change(module.weight.data)
+    sentences = files("peftscope.claims.checks").joinpath("sentences.txt").read_text(encoding="utf-8").splitlines()
     with torch.no_grad():
-        return [encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in SENTENCES]
+        return [encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in sentences]

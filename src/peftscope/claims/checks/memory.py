@@ -8,7 +8,8 @@ on the card; ``device`` adds the allocator's reserve and the CUDA context.
 from __future__ import annotations
 
 import json
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ RUN = {"batch_size": 1, "seq_len": 512}
 LENGTHS = (256, 512, 1024, 2048)
 MOST_CARDS = 64
 
+_SCAN = partial(peaks_by_formula, evaluation=False)
 How = Literal["simulation", "formula"]
 Run = dict[str, Any]
 
@@ -219,22 +221,17 @@ def _question(model: str, run: Run, gpus: int = 1) -> Question:
 
 
 def _answer(model: str, run: Run, how: How = "simulation") -> Answer:
-    return _answered(model, json.dumps(run, sort_keys=True), how)
-
-
-@cache
-def _answered(model: str, run: str, how: How) -> Answer:
     answer = answer_by_formula if how == "formula" else answer_by_simulation
-    return answer(_question(model, json.loads(run)))
+    return _asked(answer, model, json.dumps(run, sort_keys=True))
 
 
 def _peaks(model: str, run: Run) -> Peaks:
-    return _scanned(model, json.dumps(run, sort_keys=True))
+    return _asked(_SCAN, model, json.dumps(run, sort_keys=True))
 
 
 @cache
-def _scanned(model: str, run: str) -> Peaks:
-    return peaks_by_formula(_question(model, json.loads(run)), evaluation=False)
+def _asked(answer: Callable[[Question], Any], model: str, run: str) -> Any:
+    return answer(_question(model, json.loads(run)))
 
 
 def _allocated(answer: Answer | Peaks) -> int:

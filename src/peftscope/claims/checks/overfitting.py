@@ -10,7 +10,7 @@ import math
 import pandas as pd
 
 from peftscope.analysis.study import LOWEST, VALIDATION, StudyResults
-from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds, runs_of
 
 TRAINING = "nll_nats_per_token"
 NEAR = 8
@@ -50,8 +50,8 @@ def smaller_gap(study: str, arm: str, against: str) -> Measurement:
         f"gap of {arm}, nats per token": float(mine.mean()),
         f"gap of {against}, nats per token": float(other.mean()),
     }
-    ids = (run for name in (arm, against) for run in results.arm_runs(name)["run_id"])
-    return over_seeds(results, (other - mine).dropna() / results.task_gain, evidence, ids)
+    differences = (other - mine).dropna() / results.task_gain
+    return over_seeds(results, differences, evidence, runs_of(results, arm, against))
 
 
 def _gaps(results: StudyResults, arm: str) -> pd.Series:

@@ -15,8 +15,7 @@ from scipy.linalg import qr
 from peftscope.analysis.stats import share_interval
 from peftscope.claims.checks.adapters import scale
 from peftscope.claims.lora_subjects import (
-    factor_a,
-    factor_b,
+    factor_of,
     lora_layer,
     lora_layers,
     lora_model,
@@ -90,7 +89,7 @@ def gradient_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int) -> M
 
     def norm(layer: Any, x: Any, target: Any) -> float:
         (layer(x) - target).square().mean().backward()
-        return factor_b(layer).grad.norm().item()
+        return factor_of(layer, "B").grad.norm().item()
 
     return _slope(norm, rank_stabilised, ranks, seeds, "‖∂L/∂B‖")
 
@@ -99,7 +98,7 @@ def update_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int, steps:
     """Returns the log-log slope of ‖ΔW‖ after steps of Adam (rate 1e-3) against the rank, at fixed alpha."""
 
     def norm(layer: Any, x: Any, target: Any) -> float:
-        optimizer = torch.optim.Adam([factor_a(layer), factor_b(layer)], lr=1e-3)
+        optimizer = torch.optim.Adam([factor_of(layer, "A"), factor_of(layer, "B")], lr=1e-3)
         for _ in range(steps):
             optimizer.zero_grad()
             (layer(x) - target).square().mean().backward()
@@ -207,9 +206,9 @@ def _trajectory(alpha: float, init_a: float, rate_a: float, rate_b: float, epsil
     layers = lora_layers(model).values()
     with torch.no_grad():
         for layer in layers:
-            factor_a(layer).mul_(init_a)
-    rates = ((factor_a, 1e-3 * rate_a), (factor_b, 1e-3 * rate_b))
-    groups = [{"params": list(map(factor, layers)), "lr": rate} for factor, rate in rates]
+            factor_of(layer, "A").mul_(init_a)
+    rates = {"A": 1e-3 * rate_a, "B": 1e-3 * rate_b}
+    groups = [{"params": [factor_of(layer, name) for layer in layers], "lr": rate} for name, rate in rates.items()]
     optimizer = torch.optim.Adam(groups, eps=epsilon)
     ids = token_ids(model)
     for _ in range(steps):

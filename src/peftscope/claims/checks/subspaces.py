@@ -48,10 +48,10 @@ def intrinsic_dimension(
     def shares_of(losses: np.ndarray) -> np.ndarray:
         return (start - losses[..., :-1]) / (start - losses[..., -1:])
 
-    found = _first_reach(dimensions, shares_of(means), share)
+    reached = shares_of(means)
+    found = _first_reach(dimensions, reached, share)
     drawn = [_first_reach(dimensions, each, share) for each in shares_of(means + errors)]
     low, high = map(float, np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
-    reached = shares_of(means)
     evidence: dict[str, Quantity] = {
         f"held-out loss of {against}": float(means[-1]),
         "loss from which gains are counted": start,

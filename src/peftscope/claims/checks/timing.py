@@ -19,6 +19,7 @@ from peftscope.claims.checks.memory import _question
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import random_model
 from peftscope.data.batching import Example, collate
+from peftscope.evaluation.latency import passes
 from peftscope.hardware.device import processor_name
 from peftscope.memory.question import Question
 from peftscope.training.build import apply_method
@@ -92,18 +93,11 @@ def _forward(model: str, run: dict[str, Any], work: str, merge: bool) -> Work:
     served = adapted.merge_and_unload() if merge else adapted
     tokens = torch.randint(question.model.config["vocab_size"], (spec.batch_size, spec.seq_len))
 
-    @torch.inference_mode()
-    def prompt() -> None:
-        served(input_ids=tokens, use_cache=False, logits_to_keep=1)
-
-    if work == "prompt":
-        return prompt
-    with torch.inference_mode():
-        cache = served(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+    once, tidy = passes(served, tokens)[work]
 
     @torch.inference_mode()
-    def token() -> None:
-        served(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(-1)
+    def pass_once() -> None:
+        once()
+        tidy()
 
-    return token
+    return pass_once

@@ -20,7 +20,7 @@ from peftscope.analysis.compare import compare
 from peftscope.analysis.exact_match import exact_matches, has_whole_split, points
 from peftscope.analysis.stats import CONFIDENCE, mean_interval, sign_flip_p, trimmed_mean
 from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults
-from peftscope.claims.measurement import POINTS, WITHIN, Measurement, NotRunError, Quantity, over_seeds
+from peftscope.claims.measurement import POINTS, WITHIN, Measurement, NotRunError, Quantity, over_seeds, runs_of
 from peftscope.models.catalog import find_model
 from peftscope.words import interval, signed
 
@@ -122,12 +122,11 @@ def _over_rates(
 def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     """Returns how much lower an arm's held-out loss is than another's."""
     results = StudyResults(study)
-    mine, other = results.arm_runs(arm), results.arm_runs(against)
     evidence: dict[str, Quantity] = {f"mean loss of {name}": results.loss(name) for name in (arm, against)}
-    evidence |= _doubts(results, {arm: mine, against: other})
+    evidence |= _doubts(results, arm, against)
     differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
-    found = _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
+    found = _over_seeds(results, differences, evidence, runs_of(results, arm, against), error)
     if has_whole_split(results, arm, against) and (more := mean_interval(points(results, arm, against))):
         told = interval(more.mean, more.low, more.high, lambda value: signed(value, ".1f"))
         found = replace(found, evidence={**found.evidence, POINTS: told})
@@ -140,11 +139,11 @@ def _means(both: pd.DataFrame, first: str, second: str) -> dict[str, Quantity]:
     return {first: float(both["first"].mean()), second: float(both["second"].mean())}
 
 
-def _doubts(results: StudyResults, runs: dict[str, pd.DataFrame]) -> dict[str, Quantity]:
+def _doubts(results: StudyResults, *arms: str) -> dict[str, Quantity]:
     """Returns how many runs of some arms diverged, and which arms' best rates lie at an end of their lists."""
-    endings = pd.concat(list(runs.values()))["status"]
-    found: dict[str, Quantity] = {"runs that diverged": int((endings == "diverged").sum())}
-    if at_an_end := [arm for arm in runs if results.rate(arm).is_at_an_end]:
+    diverged = sum(int((results.arm_runs(arm)["status"] == "diverged").sum()) for arm in arms)
+    found: dict[str, Quantity] = {"runs that diverged": diverged}
+    if at_an_end := [arm for arm in arms if results.rate(arm).is_at_an_end]:
         found["best rate at an end of its list"] = ", ".join(at_an_end)
     return found
 
@@ -197,14 +196,13 @@ def difference_of_gains(study: str, first: list[str], second: list[str]) -> Meas
         second: The same for the second gain.
     """
     results = StudyResults(study)
-    runs = {arm: results.arm_runs(arm) for arm in (*first, *second)}
     gains = [[value / results.task_gain for value in results.pairs(arm, against)] for arm, against in (first, second)]
     names = [f"mean gain of {arm} over {against}" for arm, against in (first, second)]
     evidence: dict[str, Quantity] = dict(zip(names, map(fmean, gains), strict=True))
-    evidence |= _doubts(results, runs)
-    error = results.tuning_error(*dict.fromkeys((*first, *second))) / results.task_gain
-    ids = [run for table in runs.values() for run in table["run_id"]]
-    return _over_seeds(results, map(float.__sub__, *gains), evidence, tuple(ids), error)
+    arms = tuple(dict.fromkeys((*first, *second)))
+    evidence |= _doubts(results, *arms)
+    error = results.tuning_error(*arms) / results.task_gain
+    return _over_seeds(results, map(float.__sub__, *gains), evidence, runs_of(results, *arms), error)
 
 
 def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
@@ -215,8 +213,7 @@ def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
     results = StudyResults(study)
     both = exact_matches(results, arm, against)
     evidence = _means(both, f"exact match of {arm}, %", f"exact match of {against}, %")
-    runs = (*results.arm_runs(arm)["run_id"], *results.arm_runs(against)["run_id"])
-    return _over_seeds(results, points(results, arm, against), evidence, runs)
+    return _over_seeds(results, points(results, arm, against), evidence, runs_of(results, arm, against))
 
 
 def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measurement:
@@ -230,7 +227,6 @@ def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measureme
     best = min(ordered, key=results.loss)
     found = {arm: results.difference(arm, best, margin) for arm in ordered if arm != best}
     behind = {arm: -found[arm].mean / results.task_gain if arm in found else 0.0 for arm in ordered}
-    runs = tuple(run for arm in ordered for run in results.arm_runs(arm)["run_id"])
 
     def first(is_enough: Callable[[str], bool]) -> int:
         return next(ranks[arm] for arm in ordered if arm == best or is_enough(arm))
@@ -242,7 +238,7 @@ def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measureme
         n=min((one.n for one in found.values()), default=1),
         evidence={f"rank {ranks[arm]}: loss above the best's, of the task gain": behind[arm] for arm in ordered},
         model=results.subject,
-        run_ids=runs,
+        run_ids=runs_of(results, *ordered),
     )
 
 

@@ -10,7 +10,7 @@ from peft import AdaLoraConfig, get_peft_model, optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftscope.claims.checks.counts import _count, _lora_count, _training_operations
-from peftscope.claims.lora_subjects import factor_a, factor_b, lora_layers, lora_model
+from peftscope.claims.lora_subjects import factor_of, lora_layers, lora_model
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import BLOCK_LINEAR, TINY, meta_model, tiny_llama, token_ids
 from peftscope.methods.fields import target_modules
@@ -77,11 +77,11 @@ def dora_column_norms(rank: int, alpha: float) -> Measurement:
     """
     norms, cosines = [], []
     for layer in lora_layers(lora_model(tiny_llama(), rank, alpha, seed=0, use_dora=True).eval()).values():
-        factor_b(layer).data.normal_(std=0.1)
+        factor_of(layer, "B").data.normal_(std=0.1)
         trained = layer.lora_magnitude_vector["default"].weight
         trained.data *= torch.empty_like(trained).uniform_(0.5, 2)
         base = layer.get_base_layer().weight.detach()
-        update = factor_b(layer).detach() @ factor_a(layer).detach()
+        update = factor_of(layer, "B").detach() @ factor_of(layer, "A").detach()
         updated = base + layer.scaling["default"] * update
         weight = layer(torch.eye(base.shape[1])).detach().T
         magnitude = trained.detach()

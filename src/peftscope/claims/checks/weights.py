@@ -14,7 +14,7 @@ import pandas as pd
 from peftscope.analysis.collect import paired
 from peftscope.analysis.study import HELDOUT, StudyResults
 from peftscope.analysis.weights import after_training, read_weights
-from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
+from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds, runs_of
 
 PARTS = {"attention": "[qkvo]_proj", "feed-forward": "(gate|up|down)_proj"}
 """The modules of a block's two parts, as patterns."""
@@ -228,8 +228,7 @@ def entropy_gain(study: str, arm: str, against: str) -> Measurement:
     evidence |= {f"entropy of {name}": float(bounds[name].mean(axis=None)) for name in (arm, against)}
     evidence |= {f"held-out loss of {arm}": float(both["first"].mean())}
     evidence |= {f"held-out loss of {against}": float(both["second"].mean())}
-    runs = [run for name in (arm, against) for run in results.arm_runs(name)["run_id"]]
-    found = over_seeds(results, values, evidence, runs)
+    found = over_seeds(results, values, evidence, runs_of(results, arm, against))
     return found if least * most > 0 else replace(found, spoiled_by="the kept sums of the spectra leave the sign open")
 
 

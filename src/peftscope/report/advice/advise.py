@@ -105,7 +105,7 @@ class Advice:
             "quality_loss_rests_on": option.standing.name.lower(),
             "costs": self.costs(option),
             **spec.model_dump(include=sizes),
-            "shards": option.spread_over,
+            "shards": option.question.gpus,
             "steps": option.steps,
             "peak_device_bytes": option.peak_device_bytes,
             "seconds": list(option.seconds),
@@ -201,7 +201,7 @@ def _length_line(option: Option, situation: Situation) -> Line:
 def _peak_line(option: Option, situation: Situation) -> Line:
     line = option.settings.lines["peak"]
     answer = answer_by_formula(option.question)
-    each = f" on each of {option.spread_over} cards" if option.spread_over > 1 else ""
+    each = f" on each of {option.question.gpus} cards" if option.question.gpus > 1 else ""
     value = f"{spoken_bytes(option.peak_device_bytes, 1)}{each} of {spoken_bytes(situation.gpu.usable_bytes, 1)}"
     says = f"{line.says} The longest batch, with a loss on every token.".strip()
     evidence = f"calculator: {answer.agreement}" + (f"; {line.evidence}" if line.claims else "")

@@ -44,7 +44,6 @@ class Option:
         time_is_measured: Whether records of such a card corrected the time.
         adapter_bytes: The size of what is trained, on disk.
         cut_share: The share of the measured examples that are cut; None if none was measured.
-        spread_over: The cards that share the weights; copies of the model on several cards count as one.
     """
 
     settings: Settings
@@ -57,7 +56,6 @@ class Option:
     time_is_measured: bool
     adapter_bytes: int
     cut_share: float | None
-    spread_over: int
 
     @property
     def method(self) -> str:
@@ -207,7 +205,6 @@ class Fitter:
             time_is_measured=bool(ratios),
             adapter_bytes=(2 if spec.method.trains_base else 4) * (spec.method.trainable_parameters(shape) or 0),
             cut_share=cut / len(situation.lengths) if situation.lengths else None,
-            spread_over=question.gpus,
         )
 
 
