@@ -243,7 +243,7 @@ def test_a_changed_world_flips_the_published_verdict(
         found = flips(part, world, changed, monkeypatch)
         assert found == published_verdict(claim, part) or check in ELSE_AT_THIS_SIZE
     finally:
-        for cached in (memory._scanned, memory._answered, merging._merged_losses):
+        for cached in (memory._asked, merging._merged_losses):
             cached.cache_clear()
 
 

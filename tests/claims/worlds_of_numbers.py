@@ -164,8 +164,7 @@ def plain_recipe(patch: pytest.MonkeyPatch) -> None:
     """QLoRA leaves its constants in 32 bits."""
     original = QLoRA.quantization
     patch.setattr(QLoRA, "quantization", lambda self: original(self.model_copy(update={"double_quant": False})))
-    for cached in (memory._scanned, memory._answered):
-        cached.cache_clear()
+    memory._asked.cache_clear()
 
 
 # Algebra, starts and times.
