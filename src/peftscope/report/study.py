@@ -35,7 +35,7 @@ def draw_tuning(path: Path, study: StudyResults) -> None:
     """Draws the losses of each arm over its learning rates, a panel each, beside those of the reference in grey.
 
     Filled points are means over the seeds of the study, and a ring marks the best rate. Small points are the losses of
-    the seed that served for tuning alone. An arm whose rate was given has no panel.
+    seeds that served for tuning alone. An arm whose rate was given has no panel.
     """
     styles, rates = arm_looks(study.labels), {arm: study.rate(arm) for arm in study.labels}
     arms = [arm for arm, rate in rates.items() if rate.is_tuned or any(y is not None for y in rate.curve.values())]
@@ -176,7 +176,7 @@ def study_sentences(facts: dict[str, Any]) -> dict[str, str]:
         differences += " Dashed lines are the margin of sameness."
     if facts["a_a"] and several:
         differences += f" The grey band is what {facts['first']} differs by from itself."
-    tuning = f"Each arm is drawn beside {facts['first']}, which is grey. Small points are of the tuning's seed. "
+    tuning = f"Each arm is drawn beside {facts['first']}, which is grey. Small points are of seeds that only tuned. "
     tuning += f"Rings mark what was chosen: {facts['chosen']}. A rate at which training diverged has no point."
     return {"differences": differences, "tuning": tuning}
 
