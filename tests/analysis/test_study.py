@@ -821,6 +821,12 @@ def test_arms_that_have_their_best_rate_are_compared_before_the_others_have_run(
     record_tuning({"thin": CURVE["thin"]})
     choose_rates(expand("mine"), 0)
     assert collected().rate("full").best == 1e-4 and len(members("rates-full")) == len(members("rates-thin")) == 18
+    for run in members("rates-thin"):
+        record(run, heldout=BASE_LOSS - 0.1)
+    study = collected()  # its best rate is not chosen yet
+    assert study.corrected_p("full", "lora") == pytest.approx(2 * study.difference("full", "lora").p)
+    with pytest.raises(InputError, match=r"the arm `thin` is left out \(not finished\)"):
+        study.rate("thin")
 
 
 @pytest.mark.slow

@@ -117,9 +117,10 @@ def test_every_claim_of_the_chapter_and_the_papers_is_measured_or_says_why_not()
 def test_what_a_claim_asks_of_other_worlds_is_what_was_written_down_before_they_ran() -> None:
     rows = []
     for claim in claims().values():
-        arms = {parts[-1].with_["study"]: ", ".join(arms_named_in(*parts)) for parts in elsewhere(claim)}
-        asked = f"{arms.get('pronunciation', '-')} | {arms.get('pronunciation-gemma', '-')}"
-        rows += [f"| {claim.id} | {asked} |"] * bool(arms)
+        asked = [[part.with_ for part in parts] for parts in elsewhere(claim)]
+        arms = {each[-1]["study"]: ", ".join(arms_named_in(*each)) for each in asked}
+        told = f"{arms.get('pronunciation', '-')} | {arms.get('pronunciation-gemma', '-')}"
+        rows += [f"| {claim.id} | {told} |"] * bool(arms)
     assert "\n".join(["|---|---|---|", *rows, ""]) in (REPOSITORY / "docs" / "studies.md").read_text()
 
 
@@ -507,3 +508,4 @@ def test_a_verdict_says_that_its_rule_moved_it_after_its_result_was_seen() -> No
     assert told == {date: verdict for date, verdict in before.items() if verdict != "not run"}
     assert moved(changes, Verdict.OPEN, "2026-01-02") == []  # the first change is older than the runs
     assert moved([Change(**words, date="2026-01-01")], Verdict.HOLDS, "") == []
+    assert moved([Change(**words, date="2026-01-03", verdict="open", named=True)], Verdict.HOLDS, "") == []

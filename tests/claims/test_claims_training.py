@@ -17,7 +17,7 @@ from peftscope.analysis.exact_match import ACCURACY
 from peftscope.analysis.study import HELDOUT, VALIDATION
 from peftscope.claims.checks import answers, subspaces, training
 from peftscope.claims.evaluate import evaluate, evaluate_part
-from peftscope.claims.ledger import Part
+from peftscope.claims.ledger import Change, Part
 from peftscope.claims.measurement import NotRunError
 from peftscope.claims.stored import unexplained_changes
 from peftscope.claims.verdict import Rule, Verdict, judge
@@ -225,6 +225,8 @@ def test_claims_on_ranks_and_dora_flip_with_the_rates_and_the_losses_of_their_ar
 def test_one_rule_judges_a_claim_in_every_world_that_has_run(there: float, said: str) -> None:
     def judged() -> dict[str, Any]:
         (finding,) = evaluate([claims()["P50"]])
+        change = Change(claim="P50", date="2026-01-01", was="w", verdict="holds in part", became="b", why="w")
+        assert finding.to_json("", [change])["moved"] == [{"date": change.date, "from": change.verdict}]  # at home
         return finding.to_json("")
 
     write_losses({"r1": 0.1, "full": 0.2}, study="ranks")

@@ -209,8 +209,8 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 def where_reached(curve: Sequence[float], at: Sequence[float], wanted: float) -> float:
     """Returns where a curve first falls to a value, between two of its points interpolated; not a number if never.
 
-    >>> where_reached([4.0, 2.0, 1.0], [0.0, 0.2, 0.6], 1.5), where_reached([4.0, 2.0], [0.0, 0.2], 1.5)
-    (0.4, nan)
+    >>> [where_reached(curve, [0.0, 0.2, 0.6], 1.5) for curve in ([4.0, 2.0, 1.0], [4.0, 2.0, 1.8], [1.4, 2.0, 1.0])]
+    [0.4, nan, 0.0]
     """
     import numpy as np
 
@@ -218,7 +218,8 @@ def where_reached(curve: Sequence[float], at: Sequence[float], wanted: float) ->
     below = np.flatnonzero(values <= wanted)
     if not len(below):
         return math.nan
-    last = max(1, int(below[0]))
+    if not (last := int(below[0])):
+        return float(places[0])
     return float(np.interp(-wanted, -values[last - 1 : last + 1], places[last - 1 : last + 1]))
 
 

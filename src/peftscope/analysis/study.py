@@ -91,6 +91,7 @@ class StudyResults:
     def _tuning_of(self, arm: str) -> dict[str, Any]:
         if arm not in self._chosen:
             what = "was not tuned: its rate was given" if arm in self._entered else "is not in it"
+            what = f"is left out ({self.left_out[arm]})" if arm in self.left_out else what
             raise self._unfinished(f"the arm `{arm}` {what}")
         return self._chosen[arm]
 
@@ -121,7 +122,8 @@ class StudyResults:
         Raises:
             InputError: It could not be tuned, or the experiment is no study.
         """
-        first = next(iter(self._entered), "")
+        named = [self.settings.reference] if self.settings else []
+        first = next((arm for arm in [*named, *self._entered] if arm in self._entered), "")
         if not first:
             raise no_study(self.name)
         if first in self.left_out:
@@ -213,7 +215,7 @@ class StudyResults:
         """
         losses = self.losses_by_rate(arm)
         by_rate = {float(rate): trimmed_mean(list(losses[rate])) for rate in losses}
-        if arm in self._entered and arm not in self._chosen:
+        if f"{ARM}{arm}" in self._places and arm not in self._chosen:
             borrowed = self.settings.borrowed_rates.get(arm) if self.settings else None
             lender = self._tuning_of(borrowed.arm) if borrowed and borrowed.times == 1 else {}
             return Rate(next(iter(by_rate)), {}, by_rate, lender.get("regret_rms", 0.0))

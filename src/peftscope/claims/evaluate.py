@@ -125,7 +125,7 @@ class Finding:
     @property
     def in_worlds(self) -> dict[str, Verdict]:
         """Returns the verdict in each world by its model and task. Parts that are no training count in all of them."""
-        at_home = [part for part in self.deciding if not part.elsewhere]
+        at_home = self._at_home
         named = next((part.found.model for part in at_home if part.found and part.part.asks_of_worlds), "")
         worlds = {named: [part.verdict for part in at_home]}
         for part in self.deciding:
@@ -134,12 +134,16 @@ class Finding:
                 worlds.setdefault(part.found.model, shared).append(part.verdict)
         return {world: combine(verdicts) for world, verdicts in worlds.items() if world or len(worlds) == 1}
 
+    @property
+    def _at_home(self) -> list[PartFinding]:
+        return [part for part in self.deciding if not part.elsewhere]
+
     def _last_run(self) -> str:
-        """Returns the day on which the last of the runs that decide began; empty if it is not known."""
+        """Returns the day on which the last of the runs that decide at home began; empty if it is not known."""
         from peftscope.analysis.study import StudyResults
 
         days = [""]
-        for part in self.deciding:
+        for part in self._at_home:
             if part.found and part.found.run_ids and (study := part.part.with_.get("study")):
                 with suppress(InputError):  # a measurement that was stored outlives the tables of its study
                     table = StudyResults(study).table.set_index("run_id")
@@ -172,7 +176,7 @@ class Finding:
             "model": deciding["model"],
             "hardware": hardware if first.part.kind in DETERMINISTIC and first.found else "",
             "history": [change.model_dump(mode="json", exclude_none=True) for change in changes],
-            "moved": moved(changes, self.verdict, self._last_run()),
+            "moved": moved(changes, combine([part.verdict for part in self._at_home]), self._last_run()),
             "parts": [part.to_json() for part in self.parts],
         }
 
@@ -190,7 +194,7 @@ def moved(changes: Sequence[Change], verdict: Verdict, last_run: str) -> list[di
     return [
         {"date": change.date, "from": str(change.verdict)}
         for change, now in zip(told, after, strict=True)
-        if change.verdict != now and change.date >= last_run
+        if change.verdict != now and change.date >= last_run and not change.named
     ]
 
 

@@ -121,6 +121,7 @@ class Change(Strict):
     verdict: Annotated[Verdict | None, Field(description="the verdict that was published before, if any")] = None
     became: Annotated[str, Field(min_length=1)]
     why: Annotated[str, Field(min_length=1)]
+    named: Annotated[bool, Field(description="whether it was named before the runs that decide since")] = False
 
 
 class Claim(Strict):
@@ -310,7 +311,7 @@ def _there(part: Part, place: dict[str, Any], arms: set[str]) -> Part | None:
     if not (can_be_asked and "base_weights" not in part.with_ and arms.issuperset(named) and enough):
         return None
     here = {name: place[name] for name in place.keys() & part.with_.keys()}
-    return part.model_copy(update={"with_": {**part.with_, **lists, **here}})
+    return part.model_copy(update={"with_": {**part.with_, **lists, **here}, "scope": ""})
 
 
 def _within(value: Any, arms: set[str]) -> Any:
@@ -323,9 +324,9 @@ NAME_ARMS = ("arms", "arm", "against", "first", "second", "ranks")
 """The parameters of checks that name arms of a study: one, several, or a mapping of them."""
 
 
-def arms_named_in(*parts: Part) -> list[Any]:
-    """Returns the arms that the parameters of some parts' checks name, each once."""
-    named = [arm for part in parts for name in NAME_ARMS for arm in _items(part.with_.get(name, ()))]
+def arms_named_in(*asked: dict[str, Any]) -> list[Any]:
+    """Returns the arms that some checks' parameters name, each once."""
+    named = [arm for parameters in asked for name in NAME_ARMS for arm in _items(parameters.get(name, ()))]
     return list(dict.fromkeys(named))
 
 
@@ -350,7 +351,7 @@ def _problems_of_experiment(part: Part, key: str, where: str) -> list[Problem]:
         return []
     if study is None:
         return [Problem(f"{where}.study", f"{part.with_['study']} is an experiment without a study")]
-    named = arms_named_in(part)
+    named = arms_named_in(part.with_)
     arms = [entrant.name for entrant in study.entrants]
     return [
         Problem(where, f"{part.with_['study']} has no such arm (got {shown(arm)})", close_match(str(arm), arms))

@@ -137,20 +137,6 @@ class Rule(Strict):
         return f"at most {spoken_quantity(high, unit)}" if self.at_least is None else spoken_quantity(low, unit, high)
 
 
-def spoken_outcome(difference: Difference, unit: str = "") -> str:
-    """Returns what a comparison of pairs says. Two arms can be the same within the margin and differ from zero at once.
-
-    >>> spoken_outcome(compare([0.30, 0.31, 0.29], 1)), spoken_outcome(compare([2.0, 2.1, 1.9], 1))
-    ('the same within ±1, and above zero', 'differs by more than the margin of 1')
-    """
-    if difference.exceeds_margin:
-        return f"differs by more than the margin of {_told(difference.margin, unit)}"
-    if difference.is_same:
-        sign = f", and {'above' if difference.mean > 0 else 'below'} zero" if difference.differs else ""
-        return f"the same within ±{_told(difference.margin, unit)}{sign}"
-    return str(difference.outcome)
-
-
 def _told(number: float, unit: str, form: str = "g") -> str:
     """Returns a number as its quantity is told: a share in percent."""
     scale = scale_of(unit)
@@ -208,14 +194,15 @@ def judge(rule: Rule, measurement: Measurement, unit: str = "") -> tuple[Verdict
 
 
 def _judge_sameness(difference: Difference, measurement: Measurement, unit: str) -> tuple[Verdict, str]:
-    outcome = spoken_outcome(difference, unit)
+    margin = _told(difference.margin, unit)
     if difference.exceeds_margin:
-        return Verdict.WRONG, outcome
+        return Verdict.WRONG, f"differs by more than the margin of {margin}"
     if not difference.is_same:
-        outcome = f"{outcome}, with a margin of {_told(difference.margin, unit)}"
+        outcome = f"{difference.outcome}, with a margin of {margin}"
         return Verdict.OPEN, _spans(measurement, outcome, unit, difference.pairs_to_decide())
-    low, high = difference.interval(2 * CONFIDENCE - 1)
-    return Verdict.HOLDS, f"{outcome} (90 % interval {_told(low, unit, '.3g')} to {_told(high, unit, '.3g')})"
+    sign = f", and {'above' if difference.mean > 0 else 'below'} zero" if difference.differs else ""
+    low, high = (_told(end, unit, ".3g") for end in difference.interval(2 * CONFIDENCE - 1))
+    return Verdict.HOLDS, f"the same within ±{margin}{sign} (90 % interval {low} to {high})"
 
 
 def _spans(measurement: Measurement, outcome: str, unit: str, pairs: int | None = None) -> str:

@@ -26,7 +26,7 @@ def contribute(
 ) -> None:
     """Pack what an experiment measured on your card into one file for a pull request, without names and paths."""
     from peftscope.analysis.contributed import pack, write
-    from peftscope.report.contributed import runs_table
+    from peftscope.report.tables import runs_table
 
     console = wide_console()
     for contribution in pack(experiment):

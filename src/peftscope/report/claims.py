@@ -109,7 +109,8 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     said = spoken_finding(key) if key else "-"
     others = [part for part in deciding(finding) if part["found"] is not None and spoken_finding(part) != said]
     worlds = {part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None}
-    known = finding["known"].replace(f" on {min(worlds)}", "") if len(worlds) == 1 else finding["known"]
+    ways = (finding["known"].replace(f" on {min(worlds)}", "") if len(worlds) == 1 else finding["known"]).split("; ")
+    known = "; ".join(way for way in ways if not any(other.startswith(f"{way},") for other in ways))
     scope = spoken_scope(finding)
     rest = scope.removeprefix(short).lstrip(",; ")
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
@@ -129,8 +130,12 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "decider": what_would_decide(claim, finding),
         "parts": [(part, interval(part)) for part in parts],
         "drawn": [interval(part) for part in open_parts] if verdict == Verdict.OPEN else [],
-        "figures": [(_figure(name, part), part["measures"]) for name, part in curves],
+        "figures": [(_figure(name, part), part["measures"] + _elsewhere(part)) for name, part in curves],
     }
+
+
+def _elsewhere(part: dict[str, Any]) -> str:
+    return f" ({part['model']})" if part.get("elsewhere") else ""
 
 
 def _figure(name: str, part: dict[str, Any]) -> Markup:

@@ -30,7 +30,10 @@ EXPLAINED = (
     "Above zero is better. Holm's correction is for all comparisons of the study: it may leave open what one interval "
     "alone would decide. “Within” is the smallest margin at which two one-sided tests call two arms the same."
 )
-LEGEND = f" Numbers are % of the task gain with {100 * CONFIDENCE:g} % intervals, points are exact match. {EXPLAINED}"
+LEGEND = (
+    f" Numbers are % of the task gain with {100 * CONFIDENCE:g} % intervals, points are exact match unless they say of "
+    f"what. {EXPLAINED}"
+)
 STEEP = 1.5
 """A run that ended on the steep rise has more than so many times the median loss at its rate, or at the best below."""
 FEWEST_FOR_BOOTSTRAP = 8
@@ -81,7 +84,7 @@ def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
         row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
     if (accuracy := mean_interval(points(study, arm, against, ARGMAX if symbols else ""))) is not None:
         row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
-        row["is_whole_split"] = has_whole_split(study, arm, against)
+        row["is_whole_split"] = bool(symbols) or has_whole_split(study, arm, against)
         row |= {"points_of": "argmax tokens"} if symbols else {}
     target = float(other[VALIDATION].mean()) + MARGIN * study.yardstick if VALIDATION in other else math.nan
     if math.isfinite(target) and (samples := samples_to(study, target, arm)):
@@ -189,7 +192,7 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             "what it says": told(row),
             **readable_difference(row, labels[reference]),
             "pairs that would decide": formatted(row["pairs_to_decide"], ",.0f"),
-            "standard error of tuning (%)": formatted(row["tuning_error_percent"], ".1f"),
+            "standard error of tuning (%)": formatted(row["tuning_error_percent"] or math.nan, ".1f"),
         }
         if "samples_to_reference" in row:
             samples = formatted(row["samples_to_reference"], ",.0f").replace("inf", "not reached")
@@ -209,11 +212,12 @@ def readable_difference(row: dict[Any, Any], reference: str) -> dict[str, str]:
     """Returns how far an arm is ahead of the reference as text, by column. A control has it in nats alone."""
     has_gain = math.isfinite(row.get("percent", math.nan))
     points = f"by (points of {row.get('points_of', 'exact match')})"
+    sample = "" if row.get("is_whole_split", True) else " *"
     return {
         "pairs": _pairs(row),
         f"ahead of {reference} by (% of the task gain)": _signed(row, "percent", ".1f") if has_gain else "-",
         "within (%)": formatted(row.get("bound_percent"), ".1f"),
-        points: _signed(row, "accuracy", ".1f") if pd.notna(row.get("accuracy")) else "-",
+        points: _signed(row, "accuracy", ".1f") + sample if pd.notna(row.get("accuracy")) else "-",
         "by (nats/token)": _signed(row, "difference", ".4f"),
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from peftscope.analysis.study import StudyResults
-from peftscope.claims.ledger import Claim
+from peftscope.claims.ledger import Claim, arms_named_in
 from peftscope.claims.verdict import UNDECIDED, Verdict
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
@@ -44,7 +44,9 @@ def _next_step(part: dict[str, Any]) -> str:
     if part["verdict"] == Verdict.NOT_RUN:
         experiment = "gpu-check" if part["kind"] == "gpu" else asked.get("study") or asked.get("experiment")
         return _whole(experiment) if experiment else str(part["reason"])
-    return (_further_runs(part) if "study" in asked else "") or _further_seeds(part)
+    with suppress(InputError):  # a measurement that was stored outlives the tables of its study
+        return (_further_runs(part) if "study" in asked else "") or _further_seeds(part)
+    return ""
 
 
 @cache
@@ -65,10 +67,8 @@ def _further_runs(part: dict[str, Any]) -> str:
     if not part["check"].startswith("training."):
         return ""
     asked, study = part["with"], StudyResults(part["with"]["study"])
-    named = [asked.get("arm"), asked.get("against")]
-    named += [arm for field in ("arms", "ranks", "first", "second") for arm in asked.get(field, ())]
     planned = _at_several_rates(study.subject)
-    left = [arm for arm in dict.fromkeys(named) if arm in study.arms and not study.rate(arm).is_tuned]
+    left = [arm for arm in arms_named_in(asked) if arm in study.arms and not study.rate(arm).is_tuned]
     arms = [arm for arm in left if arm not in planned or arm in planned[arm].left_out]
     if not arms:
         return ""
@@ -98,6 +98,7 @@ def _further_seeds(part: dict[str, Any]) -> str:
     pairs = re.search(r"about (\d+) pairs", part["reason"])
     if not pairs or not part["run_ids"]:
         return ""
-    runs = StudyResults(part["with"]["study"]).table.set_index("run_id").loc[part["run_ids"], "wall_seconds"]
+    runs = StudyResults(part["with"]["study"]).table.set_index("run_id").reindex(part["run_ids"])["wall_seconds"]
     more = int(pairs[1]) - part["n"]
-    return f"{more} further seeds, {spoken_time(more * float(runs.sum()) / part['n'] / RUNS_AT_ONCE)}"
+    world = f" on {part['model']}" if part.get("elsewhere") else ""
+    return f"{more} further seeds{world}, {spoken_time(more * float(runs.sum()) / part['n'] / RUNS_AT_ONCE)}"

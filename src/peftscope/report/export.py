@@ -32,16 +32,16 @@ def exported(name: str, form: str) -> str:
     """
     study = StudyResults(name)
     study.require_finished()
-    table = contrasts(study)
+    table, said = contrasts(study), caption(study)
     if form == "csv":
         return table.to_csv(index=False)
     readable = readable_contrasts(table, study.labels)
     numbers = readable.columns.drop("what it says", errors="ignore")[:5]
     frame = readable[[*numbers, *readable.columns.intersection(["what it says"])]]
     if form == "markdown":
-        return f"{markdown(frame)}\n{caption(study)}"
+        return f"{markdown(frame)}\n{said}"
     told = frame.map(latex).rename(columns=latex)
-    return told.to_latex(index=False, caption=latex(caption(study)), label=f"tab:{name}", column_format="lrrrrl")
+    return told.to_latex(index=False, caption=latex(said), label=f"tab:{name}", column_format="lrrrrl")
 
 
 def latex(text: str) -> str:

@@ -190,14 +190,14 @@ def _answer(name: str, folder: Path) -> dict[str, str] | None:
 
 
 def _differences(name: str) -> str:
-    study = StudyResults(name)
+    study = StudyResults(name, is_published=True)
     waiting = (left := told_left_out(study)) and f" Left out: {left}."
     return answer_of_study(contrasts(study), study.labels, legend="") + waiting
 
 
 def _shares(name: str) -> str:
     """Returns what the figure of shares says, and then what is said of the arms that it does not show."""
-    study = StudyResults(name)
+    study = StudyResults(name, is_published=True)
     table = contrasts(study)
     is_shown = table["arm"].isin(arms_shown(study)) & (table["against"] == study.reference)
     others = answer_of_study(table[~is_shown], study.labels, legend="")

@@ -7,7 +7,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from peftscope.analysis.forgetting import curves, matched_rises
+from peftscope.analysis.forgetting import curves, less_at_equal_loss
 from peftscope.analysis.study import StudyResults
 from peftscope.report.looks import arm_looks
 from peftscope.report.plots import beside
@@ -54,13 +54,7 @@ def forgetting_sentence(experiment: str) -> str:
 
 
 def _at_equal_loss(study: StudyResults) -> str:
-    other, said = study.whole, []
-    theirs = dict(curves(study, study.arm_runs(other)))
-    for arm in study.arms:
-        mine = dict(curves(study, study.arm_runs(arm)))
-        matched = [matched_rises(mine[seed], theirs[seed]) for seed in mine.keys() & theirs.keys() if arm != other]
-        if matched:
-            difference = fmean(first - second for _, first, second in matched)
-            said.append(f"{signed(difference, '.3f')} ({study.labels[arm]})")
-    differences = f"the difference from {study.labels[other]} is {', '.join(said)}"
-    return f" At the same loss on the task, {differences}." if said else ""
+    other = study.whole
+    less = {arm: less_at_equal_loss(study, arm, other) for arm in study.arms if arm != other}
+    said = ", ".join(f"{signed(-fmean(each), '.3f')} ({study.labels[arm]})" for arm, each in less.items() if each)
+    return f" At the same loss on the task, the difference from {study.labels[other]} is {said}." if said else ""

@@ -124,7 +124,8 @@ def publish_experiment(experiment: str) -> list[Path]:
         *(path for kind in ("csv", "parquet", "md") for path in sorted(source.glob(f"tables/*.{kind}"))),
         *sorted(source.glob("figures/*.svg")),
     ]
-    runs = [run_folder(run) for run in read_runs(experiment).query("status != 'missing'")["run_id"]]
+    ended = read_runs(experiment).query("status not in ['missing', 'interrupted']")
+    runs = [run_folder(run) for run in ended["run_id"]]
     if gone := [run for run in runs if not (run / "record.json").is_file()]:
         remedy = f"remove {source} and {page.parent}, then make report EXPERIMENT={experiment}"
         raise InputError(Problem(str(gone[0]), "this run is missing here", remedy))

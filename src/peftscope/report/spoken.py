@@ -145,9 +145,9 @@ def spoken_worlds(worlds: Iterable[str]) -> str:
 
 
 def spoken_moves(finding: dict[str, Any]) -> str:
-    """Returns a sentence on the changes of the rule that moved the verdict after its result was seen; or nothing."""
+    """Returns a sentence on what moved the verdict after its result was seen; or nothing."""
     before = ", ".join(f"“{move['from']}” until {move['date']}" for move in finding["moved"])
-    return before and f"Before its rule was changed, after the result: {before}."
+    return before and f"Before what decides it was changed, after the result: {before}."
 
 
 def told(finding: dict[str, Any], statement: str) -> list[str]:

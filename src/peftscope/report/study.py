@@ -153,7 +153,9 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "chosen_by": settings.chosen_by,
         "has_tuning": any(rate.is_tuned or rate.regret for rate in rates.values()),
         "step": f"√{STEP**2:.0f}",
-        "tuning_seeds": listed(settings.tuning_seeds),
+        "tuning_seeds": listed(
+            sorted({seed + arm.shift for arm in settings.entrants for seed in settings.tuning_seeds})
+        ),
         "seeds": len(settings.seeds),
         "more_seeds": "; ".join(
             f"{labels[arm]} on {len(settings.seeds_of(arm))}" for arm in settings.more_seeds if arm in labels
@@ -162,7 +164,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "at_an_end": "; ".join(labels[arm] for arm in study.arms_at_an_end),
         "left_out": contrasts.told_left_out(study),
         "base_loss": f"{study.base_loss:.3f}",
-        "smallest_p": f"{2 / 2 ** len(settings.seeds):.3g}",
+        "smallest_p": f"{2 / 2 ** max((row['n'] for row in rows), default=len(settings.seeds)):.3g}",
     }
 
 

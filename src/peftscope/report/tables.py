@@ -14,10 +14,12 @@ from peftscope.analysis.stats import Interval, mean_interval
 from peftscope.layout import results_folder
 from peftscope.methods import METHODS
 from peftscope.spec import RunSpec, start_without_seed
-from peftscope.words import MIB, formatted, interval, percent, plain
+from peftscope.words import GIB, MIB, formatted, interval, percent, plain
 
 MOST_SETTINGS, MOST_RUNS = 60, 500
 """The most rows of the tables for people. The CSV files have all rows."""
+PEAKS = {"training": "tensors", "training, reserved": "reserved", "training, device": "card"}
+"""The peaks of a training step whose errors are shown, with their short names: of tensors, the allocator, the card."""
 FEWEST_FOR_MEANS = 3
 """The runs from which on their mean is shown with its interval. Two are shown as two values."""
 MOST_VARIANTS = 20
@@ -292,6 +294,7 @@ def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
             "ended": ending,
             "reason": runs["reason"].astype(object).fillna(""),
             "seed": runs["seed"].astype(str),
+            "learning rate": runs["learning_rate"].map(plain),
             "held-out NLL": runs["heldout_nll_nats_per_token"].map(lambda v: formatted(v, ".3f")),
             "exact match (%)": runs["exact_match_fraction"].map(lambda v: formatted(v, ".1f", 0.01)),
             "peak tensors, train (MiB)": runs["train_peak_tensor_bytes"].map(lambda v: formatted(v, ",.0f", MIB)),
@@ -301,6 +304,23 @@ def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
             "wall (s)": runs["wall_seconds"].map(lambda v: formatted(v, ".0f")),
         }
     )
+
+
+def runs_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns one row per run as text: how it ended, its step, and its measured peaks with the prediction's errors."""
+    table = pd.DataFrame(
+        {
+            "run": runs["run_id"],
+            "ended": runs["status"].replace("oom", "OOM"),
+            "step (s)": runs["step_seconds_median"].map(lambda seconds: formatted(seconds, ".3f")),
+        }
+    )
+    errors = predictions(runs)
+    for peak, name in PEAKS.items():
+        found = errors[errors["peak"] == peak].set_index("run_id")
+        said = (found["measured_bytes"] / GIB).map("{:.2f}".format) + found["error_percent"].map(", {:+.1f}".format)
+        table[f"{name} (GiB, % off)"] = runs["run_id"].map(said).fillna("-")
+    return table
 
 
 def markdown(frame: pd.DataFrame) -> str:

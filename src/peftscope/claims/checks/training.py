@@ -224,7 +224,7 @@ def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measureme
     """
     results = StudyResults(study)
     ordered = sorted(ranks, key=lambda arm: ranks[arm])
-    best = min(ordered, key=results.loss)
+    best = max(ordered, key=lambda arm: results.difference(arm, ordered[0]).mean if arm != ordered[0] else 0.0)
     found = {arm: results.difference(arm, best, margin) for arm in ordered if arm != best}
     behind = {arm: -found[arm].mean / results.task_gain if arm in found else 0.0 for arm in ordered}
 

@@ -15,6 +15,7 @@ from peftscope.claims.verdict import Verdict
 from peftscope.files.content import Strict, read_yaml
 from peftscope.files.problems import validated
 from peftscope.layout import ADVICE_FILE, CLAIMS_RESULTS, PACKAGED, PUBLISHED_RESULTS, REPOSITORY, shipped
+from peftscope.report.spoken import spoken_scope
 from peftscope.words import counted
 
 Priority = Literal["quality", "memory", "speed", "retention"]
@@ -90,7 +91,7 @@ class Grounds(Strict):
         known = {claim: _verdict(findings, claim) for claim in named}
         waiting = [claim for claim, verdict in known.items() if verdict == Verdict.NOT_RUN]
         told = [
-            f"{claim} {verdict} ({shorten(findings[claim]['scope'], SCOPE_WIDTH, placeholder=' …')})"
+            f"{claim} {verdict} ({shorten(spoken_scope(dict(findings[claim])), SCOPE_WIDTH, placeholder=' …')})"
             for claim, verdict in known.items()
             if claim not in waiting
         ]
@@ -111,8 +112,8 @@ class Grounds(Strict):
         worlds: dict[str, int] = {}
         for part in parts:
             if part["kind"] == "training" and part["role"] != "beside" and part["found"] is not None:
-                worlds[part["model"]] = max(worlds.get(part["model"], 1), len(part["samples"]))
-        told = [f"{world}: {counted(seeds, 'seed')}" for world, seeds in worlds.items()]
+                worlds[part["model"]] = max(worlds.get(part["model"], 0), len(part["samples"]))
+        told = [f"{world}: {counted(seeds, 'seed')}" if seeds else world for world, seeds in worlds.items()]
         standing = self.standing(findings)
         told += ["computed"] if not told and standing <= Standing.HOLDS else []
         told += [f"papers{_reach(self.reaches_billions, billions)}"] if self.papers else []
