@@ -33,6 +33,8 @@ def exported(name: str, form: str) -> str:
     study = StudyResults(name)
     study.require_finished()
     table, said = contrasts(study), caption(study)
+    if "is_whole_split" in table and not table["is_whole_split"].all():
+        said += " Points with * are of the generated answers."
     if form == "csv":
         return table.to_csv(index=False)
     readable = readable_contrasts(table, study.labels)
