@@ -856,4 +856,5 @@ def test_a_study_of_one_arm_shows_no_comparison(write_study_file) -> None:
     report("mine")
     page = Path("reports/mine/report.html").read_text()
     assert '<figure id="tuning">' in page and '<figure id="differences">' not in page
+    assert not Path("results/mine/figures/differences.svg").exists()  # which the page of findings would show
     assert "the training loss of LoRA" in page and "the highest" not in page and "a factor of" not in page

@@ -200,4 +200,5 @@ def write_study(experiment: str) -> None:
         write_table(experiment, name, frame, readable(frame, study.labels))
     figures = results_folder(experiment) / "figures"
     draw_tuning(figures / "tuning.svg", study)
-    draw_figure(figures / "differences.svg", lambda axes: draw_differences(axes, study))
+    if study.compared:
+        draw_figure(figures / "differences.svg", lambda axes: draw_differences(axes, study))
