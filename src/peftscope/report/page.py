@@ -130,7 +130,8 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
     if unfinished := _unfinished(study):
         return {"unfinished": unfinished}
     facts = study_facts(study, settings)
-    figures = {name: _figure(folder / "figures", name, text) for name, text in study_sentences(facts).items()}
+    drawn = {name: text for name, text in study_sentences(facts).items() if facts["compares"] or name != "differences"}
+    figures = {name: _figure(folder / "figures", name, text) for name, text in drawn.items()}
     return {"unfinished": "", **facts, **figures}
 
 
