@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from conftest import quartiles
 from ledger_parts import claims
 
 from peftscope.analysis.collect import row_of
+from peftscope.claims.checks import gpu
 from peftscope.claims.evaluate import PartFinding, evaluate_part
 from peftscope.claims.ledger import Part
 from peftscope.claims.verdict import Verdict
@@ -57,7 +59,8 @@ def part_of(claim: str, number: int = -1) -> Part:
 
 
 def judged(part: Part, folder: Path) -> PartFinding:
-    return evaluate_part(part.model_copy(update={"with_": part.with_ | {"results": (str(folder),)}}))
+    with patch.object(gpu, "FOLDERS", (str(folder),)):
+        return evaluate_part(part)
 
 
 def of(seconds: tuple[float, ...], step: str = "") -> dict[str, float]:

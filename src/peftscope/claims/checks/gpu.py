@@ -25,17 +25,13 @@ FOLDERS = (str(RESULTS), str(PUBLISHED_RESULTS), str(CONTRIBUTED_RESULTS))
 
 Run = dict[str, Any]
 Extreme = Literal["smallest", "largest"]
+State = Literal["base", "apart", "merged"]
 Found = tuple[str, tuple[float, float, float]]
 """What was timed beside a card and a batch size, and its ratio with both bounds."""
 
 
 def step_ratio(
-    run: Run,
-    against: Run,
-    batch_sizes: tuple[int, ...] = (1,),
-    extreme: Extreme = "largest",
-    model: str = MODEL,
-    results: tuple[str, ...] = FOLDERS,
+    run: Run, against: Run, batch_sizes: tuple[int, ...] = (1,), extreme: Extreme = "largest", model: str = MODEL
 ) -> Measurement:
     """Returns the ratio of two runs' median step times with its interval, where it is most extreme.
 
@@ -45,20 +41,17 @@ def step_ratio(
     def ratio(above: Row, below: Row) -> list[Found]:
         return [("", median_ratio_interval(quartiles(above, "step"), quartiles(below, "step")))]
 
-    return _ours_or_contributed(partial(_most_extreme, [run, against], batch_sizes, ratio, extreme, model), results)
+    return _ours_or_contributed(partial(_most_extreme, [run, against], batch_sizes, ratio, extreme, model))
 
 
 def latency_ratio(
     run: Run,
-    state: Literal["base", "apart", "merged"],
-    over: Literal["base", "apart", "merged"],
+    state: State,
+    over: State,
     passes: tuple[Literal["prompt", "token"], ...],
     batch_sizes: tuple[int, ...],
-    extreme: Extreme = "largest",
-    model: str = MODEL,
-    results: tuple[str, ...] = FOLDERS,
 ) -> Measurement:
-    """Returns the ratio of two median latencies with its interval, in the setting where it is most extreme.
+    """Returns the ratio of two median latencies with its interval, in the setting where it is largest.
 
     Args:
         state: The numerator: the base alone, the adapter apart, or merged.
@@ -72,17 +65,16 @@ def latency_ratio(
         return [(f", {name}", median_ratio_interval(*pair)) for name, pair in both.items()]
 
     measured = f"latency_{state}_token_repeats"
-    on = partial(_most_extreme, [run], batch_sizes, ratios, extreme, model, measured=measured)
-    return _ours_or_contributed(on, results)
+    return _ours_or_contributed(partial(_most_extreme, [run], batch_sizes, ratios, "largest", MODEL, measured=measured))
 
 
-def _ours_or_contributed(on: Callable[..., Measurement], results: tuple[str, ...]) -> Measurement:
+def _ours_or_contributed(on: Callable[..., Measurement]) -> Measurement:
     """Returns what was measured on our cards or, if none of them has measured it, on contributed ones."""
     try:
-        return on(folders=[folder for folder in results if not is_contributed(folder)])
+        return on(folders=[folder for folder in FOLDERS if not is_contributed(folder)])
     except NotRunError as missing:
         try:
-            found = on(folders=filter(is_contributed, results))
+            found = on(folders=filter(is_contributed, FOLDERS))
         except NotRunError:
             raise missing from None
     return replace(found, model=f"{found.model} (contributed)", contributed=True)
