@@ -185,6 +185,8 @@ class RunSpec(BaseModel):
             yield f"warmup_steps={self.warmup_steps} must not exceed steps={self.steps}"
         if self.generation_items > self.heldout_items:
             yield f"generation_items={self.generation_items} must not exceed heldout_items={self.heldout_items}"
+        if self.retention_tokens == 1:
+            yield "retention_tokens=1 scores nothing, because a first token is given; use 0, or more"
         for name, scored in (("validation_every", "validation_items"), ("retention_every", "retention_tokens")):
             if getattr(self, name) and not getattr(self, scored):
                 yield f"{name}={getattr(self, name)} needs {scored} above 0"

@@ -90,6 +90,9 @@ ERRORS = {
     "lengths untrained": (["smollm2-135m", *LENGTHS, "--method", "none"], "none has no training", "another method"),
     "no tokenizer": (["smollm2-135m", *DATA, "nowhere"], "tokenizer: nowhere is no folder", "tokenizer.json"),
     "an empty tokenizer": (["smollm2-135m", *DATA, "."], "tokenizer: none can be loaded from .", "tokenizer.json"),
+    "no hub id": (["models/foo/bar"], "model: there is no 'models/foo/bar' here", "config.json"),
+    "no such method": (["--config", "qlora.yml", "--method", "bogus"], "method: unknown method (got 'bogus')", ""),
+    "too much": (["llama-2-7b", "--eval-gathers-logits", "9" * 400], "eval_gathers_logits", ""),
     "long lengths": (["smollm2-135m", "--lengths", "long.txt"], "seq_len: 9000 is over the model's", "at most 8192"),
 }
 FIT_ERRORS = {
@@ -97,6 +100,7 @@ FIT_ERRORS = {
     "no models": (["--gpu", "24GiB", "--models", " , "], "model: none given", "peftscope fit --gpu 24GiB llama-2-7b"),
     "unknown model": (["--gpu", "24GiB", "--models", "lama-3-8b"], "got 'lama-3-8b'", "did you mean `llama-3-8b`?"),
     "unknown method": (["llama-2-7b", "--gpu", "24GiB", "--methods", "lora,qlra"], "got 'qlra'", "`qlora`?"),
+    "rank": (["llama-2-7b", "--gpu", "24GiB", "--methods", "adalora", "--rank", "0"], "rank: must be at least 1", "0"),
 }
 
 
@@ -107,7 +111,12 @@ FIT_ERRORS = {
     ids=[*ERRORS, *(f"fit, {name}" for name in FIT_ERRORS)],
 )
 def test_a_wrong_question_gets_one_line(arguments: list[str], what: str, remedy: str, refusal: Refusal) -> None:
-    for name, content in {"l.txt": "7\n9\n", "d.jsonl": '{"text": "a"}\n', "long.txt": "9000\n"}.items():
+    for name, content in {
+        "l.txt": "7\n9\n",
+        "d.jsonl": '{"text": "a"}\n',
+        "long.txt": "9000\n",
+        "qlora.yml": "a: 1\n",
+    }.items():
         Path(name).write_text(content)
     message = refusal(*arguments)
     assert what in message and remedy in message

@@ -70,6 +70,7 @@ WRONG = {
     "three settings": ([MODEL, "lora", "full", "dora"], "compares two settings (got 3)", "quote each"),
     "no setting": ([MODEL, "lora", "nothing"], "nothing: is no setting or spec file", "qlora --rank 64"),
     "half a quote": ([MODEL, "lora --targets 'mlp"], "cannot be read", ""),
+    "a long name": ([MODEL, "a" * 300 + ".yaml"], "is no setting or spec file", ""),
     "broken file": ([MODEL, "broken.yaml"], "broken.yaml", ""),
 }
 
@@ -96,8 +97,9 @@ def test_an_error_is_read_from_an_argument_a_file_and_stdin(peftscope, refusal, 
     assert "logits in 32 bits" in output
     assert "fits with: " in output
     path = tmp_path / "train.log"
-    path.write_text(f"step 3\n{ERROR}\n")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(ERROR))
+    log = f"step 3\n{ERROR}\n".encode() + b"\xff"  # no UTF-8
+    path.write_bytes(log)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(log), encoding="utf-8"))
     assert output == peftscope("oom", MODEL, str(path), *options)[1] == peftscope("oom", MODEL, *options)[1]
     assert "did you mean `qlora`?" in refusal("oom", MODEL, ERROR, "--method", "qlra", "--rank", "8")
     assert "paste torch's message" in refusal("oom", MODEL, "no-such-file.log")

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from peftscope.evaluation import answers
 from peftscope.execution import way
 from peftscope.execution.phases import Phases
 from peftscope.execution.run import execute
@@ -40,12 +42,12 @@ def test_what_depends_on_the_number_of_threads_has_those_of_the_turn(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     threads: list[tuple[str, int]] = []
 
-    def followed(name: str) -> Callable[..., object]:
-        original = getattr(way, name)
+    def followed(place: ModuleType, name: str) -> Callable[..., object]:
+        original = getattr(place, name)
         return lambda *args: (threads.append((name, torch.get_num_threads())), original(*args))[1]
 
-    for name in ("build_model", "bits_per_byte", "train", "score_answers"):
-        monkeypatch.setattr(way, name, followed(name))
+    for place, name in ((way, "build_model"), (way, "bits_per_byte"), (way, "train"), (answers, "score_answers")):
+        monkeypatch.setattr(place, name, followed(place, name))
     before = torch.get_num_threads()
     turns = Turns(before + 1)
     turns.enter()

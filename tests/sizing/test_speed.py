@@ -112,7 +112,13 @@ def test_an_answer_has_time_and_cost_with_their_interval() -> None:
     assert time.training_seconds.value == pytest.approx(2 * time.epoch_seconds.value)
     assert time.cost.high == pytest.approx(1.5 * time.training_seconds.high / 3600)
     assert not time.unvalidated
-    for options, why in (({"method": "dora"}, "dora"), ({"precision": "fp32"}, "fp32"), ({"gpus": 2}, "2 cards")):
+    OFFLOADED = {"method": "full", "checkpointing": True, "offload": "parameters"}
+    for options, why in (
+        ({"method": "dora"}, "dora"),
+        ({"precision": "fp32"}, "fp32"),
+        ({"gpus": 2}, "2 cards"),
+        (OFFLOADED, "to the host"),
+    ):
         other = duration(asked(**options), Schedule())
         assert other and why in other.unvalidated
     assert duration(asked("24GiB"), Schedule()) is None
@@ -126,9 +132,10 @@ def test_an_answer_has_time_and_cost_with_their_interval() -> None:
         ("24GiB", {"examples": 10}, "--tflops"),
         ("t4", {"price_per_hour": 1.0, "tflops": 65}, "--bandwidth"),
         (None, {"price_per_hour": 1.0}, "give --gpu"),
-        ("a100", {"price_per_hour": -1.0}, "above 0 (got -1)"),
-        ("a100", {"examples": 0}, "above 0 (got 0)"),
-        ("a100", {"bandwidth": float("nan")}, "above 0 (got nan)"),
+        ("a100", {"price_per_hour": -1.0}, "below 1e12 (got -1)"),
+        ("a100", {"examples": 0}, "below 1e12 (got 0)"),
+        ("a100", {"bandwidth": float("nan")}, "below 1e12 (got nan)"),
+        ("a100", {"examples": 10, "epochs": 1e308}, "below 1e12 (got 1e+308)"),
         ("a100", {"epochs": 2.0}, "give --examples"),
     ],
 )

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from peftscope.cli.console import FITS, wide_console
 from peftscope.errors import InputError, Problem, close_match
+from peftscope.files.content import LARGEST_COUNT
 from peftscope.words import counted, spoken_bytes, spoken_time
 
 if TYPE_CHECKING:
@@ -55,9 +56,11 @@ def advise_command(
             raise InputError(Problem(flag, f"unknown (got {word!r})", close_match(word, get_args(known))))
     own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer, "figure": None}
     measured = items_asked(lengths, data, model, own)
-    if not (examples or measured) or (examples is not None and examples < 1):
+    if not (examples or measured) or (examples is not None and not 1 <= examples <= LARGEST_COUNT):
         got = "" if examples is None else f" (got {examples})"
-        raise InputError(Problem("--examples", f"must be at least 1{got}", "say how many there are, or give --data"))
+        raise InputError(
+            Problem("--examples", f"must be from 1 to {LARGEST_COUNT:,}{got}", "say how many there are, or give --data")
+        )
     base, card = describe_model(model), find_gpu(gpu)
     longest = max(measured, default=USUAL_LENGTH)
     longest = seq_len or min(longest, base.max_seq_len or longest)

@@ -168,7 +168,7 @@ def show_time(time: Duration | None, gpu: Gpu, console: Console) -> None:
         unknown = f"the speed of {gpu.name} is not known; give --tflops and --bandwidth"
         console.print(f"time: {'not modelled for this model or job' if known_speed(gpu) else unknown}", markup=False)
         return
-    step = f"a step takes {spoken_range(time.step_seconds, lambda s: f'{s:.2g} s' if s < 60 else spoken_time(s))}"
+    step = f"a step takes {spoken_range(time.step_seconds, _spoken_step)}"
     console.print(f"time: about {spoken_range(time.tokens_per_second, spoken_speed)} tokens/s; {step}")
     if time.training_seconds and time.epoch_seconds:
         epoch = f"an epoch takes {spoken_range(time.epoch_seconds, spoken_time)}"
@@ -188,6 +188,10 @@ def spoken_range(range_: Range, told: Callable[[float], str]) -> str:
     return f"{told(range_.value)} ({told(range_.low)} to {told(range_.high)})"
 
 
+def _spoken_step(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 60 else spoken_time(seconds)
+
+
 def spoken_speed(speed: float) -> str:
     """Returns tokens a second, with three digits."""
     return f"{float(f'{speed:.3g}'):,.0f}"
@@ -195,10 +199,13 @@ def spoken_speed(speed: float) -> str:
 
 def show_cheapest(cards: Sequence[OnCard], console: Console) -> None:
     """Prints the cards that a run fits on, the cheapest first, with the time and the cost on each."""
-    table = Table("card", "fits", "tokens/s", "time of the training", "cost", box=None)
+    is_whole = cards[0].time.training_seconds is not None
+    of = ("time of the training", "cost") if is_whole else ("time of a step", "cost of 1M tokens")
+    table = Table("card", "fits", "tokens/s", *of, box=None)
     for one in cards:
         speed = spoken_range(one.time.tokens_per_second, spoken_speed)
-        taken = spoken_range(one.time.training_seconds or one.time.step_seconds, spoken_time)
+        training, step = one.time.training_seconds, one.time.step_seconds
+        taken = spoken_range(training, spoken_time) if training else spoken_range(step, _spoken_step)
         cost = spoken_range(one.time.cost, lambda price: f"{price:,.2f}") if one.time.cost else "no price"
         table.add_row(one.gpu.name, f"[{STATE_COLOURS[one.fits]}]{one.fits}[/]", speed, taken, cost)
     console.print(table)

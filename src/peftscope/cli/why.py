@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -61,7 +62,7 @@ def read_setting(text: str, shared: Mapping[str, Any], gpus: int) -> Setting | N
     first = text.split(maxsplit=1)[0] if text.strip() else ""
     if first in METHODS or first.startswith("--"):
         return _of_words(text)
-    if Path(text).suffix in SPEC_SUFFIXES and Path(text).is_file():
+    if Path(text).suffix in SPEC_SUFFIXES and os.path.exists(text):
         return _of_file(Path(text), shared, gpus)
     if " " in text.strip():
         raise InputError(Problem(text, f"{first!r} is not a method", close_match(first, METHODS)))
@@ -211,13 +212,11 @@ def oom(
 
 
 def _error_text(error: str) -> str:
-    from peftscope.files.content import read_text
-
     if error == "-":
         if sys.stdin.isatty():
             raise InputError(Problem("error", "no text given", "give it as an argument, a file, or on stdin"))
-        return sys.stdin.read()
+        return sys.stdin.buffer.read().decode(errors="replace")
     with suppress(OSError, ValueError):  # a text may be too long for a path
         if Path(error).is_file():
-            return read_text(Path(error))
+            return Path(error).read_text(encoding="utf-8", errors="replace")
     return error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,7 +25,6 @@ from peftscope.evaluation.retention import bits_per_byte
 from peftscope.evaluation.updates import update_spectra, weights_before
 from peftscope.execution.phases import Phases
 from peftscope.execution.provenance import card_reading
-from peftscope.execution.scores import score_answers, write_items
 from peftscope.execution.start import continue_adapter, merged_start
 from peftscope.files.manifest import file_sha256
 from peftscope.hardware.bf16 import chosen_way
@@ -126,8 +127,13 @@ def run_phases(
             record.updates = update_spectra(model, weights)
         with attention(model, spec.attention):
             per_item = _score_heldout(spec, trained, data)
-            generated, seconds = score_answers(model, tokenizer, spec, judged)
-            if generated:
+            generated: list[dict[str, Any]] = []
+            if spec.generation_items:
+                from peftscope.evaluation.answers import score_answers
+
+                began = time.perf_counter()
+                generated = score_answers(model, tokenizer, spec, judged)
+                seconds = time.perf_counter() - began
                 record.speed.generation_seconds = seconds if alone and not phases.turns else None
                 quality.exact_match = sum(row["correct"] for row in generated) / len(generated)
                 quality.exact_match_items = len(generated)
@@ -310,6 +316,17 @@ def _score_heldout(spec: RunSpec, trained: TrainedModel, data: _Data) -> list[It
     if spec.method.trains:
         check_loss(mean_nll(per_item), trained.vocab_size, spec, "on held-out items")
     return per_item
+
+
+def write_items(path: Path, items: list[Item], per_item: Sequence[ItemLoss], answers: list[dict[str, Any]]) -> None:
+    """Writes one line for each held-out item: its loss and, where it was asked, its answer."""
+    by_item = {row["item"]: row for row in answers}
+    rows = []
+    for index, (item, loss) in enumerate(zip(items, per_item, strict=True)):
+        row = {"item": index, "prompt": item.prompt, "target": item.response, **loss._asdict()}
+        answer = by_item.get(index)
+        rows.append(row | ({"answer": answer["answer"], "correct": answer["correct"]} if answer else {}))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _save(spec: RunSpec, model: Any, adapter: Path) -> int:

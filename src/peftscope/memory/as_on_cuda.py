@@ -135,8 +135,7 @@ def as_on_cuda() -> Iterator[None]:
     A CPU's flash kernel takes what CUDA's refuses, and keeps as much as CUDA's flash and efficient kernels. PEFT's
     4-bit layers ask only for the state of CUDA's autocast, under which they leave out casts.
     """
-    functional: Any = torch.nn.functional
-    attend, enabled = functional.scaled_dot_product_attention, torch.is_autocast_enabled
+    attend, enabled = torch.nn.functional.scaled_dot_product_attention, torch.is_autocast_enabled
 
     def choose(query: torch.Tensor, *others: torch.Tensor, **options: Any) -> torch.Tensor:
         width = 2 if enabled("cpu") else query.element_size()
@@ -146,10 +145,6 @@ def as_on_cuda() -> Iterator[None]:
             return attend(query, *others, **options)
 
     # A mode for functions would be off in the backward pass, where layers are recomputed.
-    functional.scaled_dot_product_attention = choose
-    torch.is_autocast_enabled = lambda device="cpu": enabled(device)
-    try:
+    chosen = patch.object(torch.nn.functional, "scaled_dot_product_attention", choose)
+    with chosen, patch.object(torch, "is_autocast_enabled", lambda device="cpu": enabled(device)):
         yield
-    finally:
-        functional.scaled_dot_product_attention = attend
-        torch.is_autocast_enabled = enabled

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from peftscope.errors import InputError, Problem, shown
-from peftscope.files.content import parse_json, read_text
+from peftscope.files.content import HUB_ID_PATTERN, parse_json, read_text
 from peftscope.files.hub import check_reached, mirrored
 from peftscope.models.presets import PRESETS, SIMULATED, did_you_mean, same_shape
 from peftscope.models.shapes import ModelShape
@@ -103,6 +103,8 @@ def _downloaded_config(hub_id: str) -> Path:
     if _in_mirror(hub_id):
         return Path(str(mirrored(hub_id))) / "config.json"
     remedy = "give a preset (`peftscope models` lists them), or the path of its config.json"
+    if not re.fullmatch(HUB_ID_PATTERN, hub_id):
+        raise InputError(Problem("model", f"there is no {hub_id!r} here, and it is no id of the hub", remedy))
     try:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
     except ModuleNotFoundError:

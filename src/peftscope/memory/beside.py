@@ -7,6 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from peftscope.errors import InputError, Problem
+from peftscope.files.content import LARGEST_COUNT
 from peftscope.memory.regimes import Trainer
 from peftscope.spec import RunSpec
 
@@ -101,6 +102,7 @@ class Beside(BaseModel):
         int | None,
         Field(
             gt=0,
+            le=LARGEST_COUNT,
             description="items whose logits the evaluation of transformers' Trainer holds on the card, as it does for "
             "compute_metrics without preprocess_logits_for_metrics",
         ),

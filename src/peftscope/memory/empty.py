@@ -15,7 +15,13 @@ from peftscope.memory.beside import Beside
 from peftscope.methods.fields import Quantization
 from peftscope.spec import RunSpec
 from peftscope.training.build import apply_method
-from peftscope.training.load import DTYPES, MASK_FREE_SDPA, training_attention
+from peftscope.training.load import (
+    DTYPES,
+    MASK_FREE_SDPA,
+    bitsandbytes_config,
+    disable_weight_repacking,
+    training_attention,
+)
 from peftscope.training.step import TrainedModel
 
 
@@ -89,23 +95,11 @@ def empty_base(spec: RunSpec, config: Any, quantization: Quantization | None) ->
         )
     base.config.use_cache = False
     if quantization:
-        from bitsandbytes.nn import Linear4bit
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-        for name, module in list(base.named_modules()):
-            if type(module) is torch.nn.Linear and module is not base.get_output_embeddings():
-                parent = base.get_submodule(name.rpartition(".")[0])
-                packed = Linear4bit(
-                    module.in_features,
-                    module.out_features,
-                    bias=module.bias is not None,
-                    compute_dtype=DTYPES[quantization.compute_dtype],
-                    compress_statistics=quantization.double_quant,
-                    quant_type=quantization.quant_type,
-                    quant_storage=torch.uint8,
-                    device="meta",
-                )
-                packed.support_avx512bf16_for_cpu = False
-                setattr(parent, name.rpartition(".")[2], packed)
+        head = [name for name, module in base.named_modules() if module is base.get_output_embeddings()]
+        replace_with_bnb_linear(base, head, bitsandbytes_config(quantization))
+        disable_weight_repacking(base)
         base.is_loaded_in_4bit = True
     return base
 

@@ -54,7 +54,8 @@ def stored_as(how: Any) -> tuple[Stored | None, str]:
             "bnb-4bit", four_bits(nested=nested), "both", "bitsandbytes 0.50, functional.py, quantize_4bit"
         ), ""
     numbers = [how.get("bits", 4), how.get("group_size", 128), *(how.get("weight_block_size") or (1, 1))]
-    if name not in ("gptq", "awq", "fp8") or not all(isinstance(number, int) and number for number in numbers):
+    is_known = name in ("gptq", "awq", "fp8") and len(numbers) == 4 and numbers[0] in (2, 3, 4, 8)
+    if not is_known or not all(isinstance(n, int) and (n > 0 or n == -1) for n in numbers):
         message = f"a checkpoint that is quantised ({shown(name)}) is not modelled"
         raise InputError(Problem("model", message, "give the config.json of its 16-bit base"))
     if name == "fp8":

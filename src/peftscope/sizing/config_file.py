@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftscope.errors import InputError, Problem, shown
+from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.base import Model, describe_model
 from peftscope.memory.beside import JOBS
@@ -57,6 +57,8 @@ def read_config(
         InputError: The file or one that it names cannot be read, it belongs to no known trainer, or it asks for a job
             that is not modelled.
     """
+    if (method := given.get("method") or "lora") not in METHODS:
+        raise InputError(Problem("method", f"unknown method (got {method!r})", close_match(method, METHODS)))
     content = read_content(path)
     if not isinstance(content, dict):
         raise InputError(Problem(str(path), "must be a mapping of keys to values", "give a trainer's file"))
@@ -124,15 +126,19 @@ def question_of(
     if cards is None:
         cards = 1
         reading.assumed.append(
-            "gpus=1: the file shards nothing; copies on more cards (DDP) take the same, plus buckets"
+            "gpus=1: the file shards nothing; copies on more cards (DDP) take the same, plus buckets; a time is of one"
         )
     elif reading.whole and not reading.sharded:
         if cards > 1:
-            reading.assumed.append(f"each of the {cards} cards has all weights, as {reading.whole} says")
+            reading.assumed.append(
+                f"each of the {cards} cards has all weights, as {reading.whole} says; a time is of one"
+            )
         cards = 1
     elif gpus is None and not reading.sharded:
         cards = 1  # each card holds a copy
     replaced = {name: value for name, value in reading.given.items() if value is not None}
+    if replaced.get("checkpointing") is False:
+        reading.options.pop("offload_activations", None)  # of what would be recomputed
     reading.understood += [
         f"--{name.replace('_', '-')} {spoken(value)} replaces {reading.keys[name]}"
         for name, value in replaced.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import ceil, inf
+from math import ceil
 from typing import Any
 
 from peftscope.errors import InputError, Problem
@@ -44,9 +44,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        wrong = [(name, value) for name, value in given.items() if not 0 < value < inf]
+        wrong = [(name, value) for name, value in given.items() if not 1e-12 < value < 1e12]
         if wrong:
-            raise InputError(Problem(name, f"must be a number above 0 (got {value:g})") for name, value in wrong)
+            raise InputError(Problem(name, f"must be above 0 and below 1e12 (got {value:g})") for name, value in wrong)
         if self.examples is None and self.epochs is not None:
             raise InputError(Problem("epochs", "of how many examples is not said", "give --examples"))
 
@@ -158,4 +158,10 @@ def unvalidated(question: Question) -> str:
         return f"no measured speed of {spec.method.name}"
     if spec.precision != "bf16":
         return f"no measured speed in {spec.precision}"
+    beside, model = question.beside, question.model
+    if beside.offload != "none" or beside.offload_activations:
+        return "what moves to the host is not timed"
+    if model.stored or model.vision or beside.optimizer_states != "own":
+        what = "optimizer" if beside.optimizer_states != "own" else "tower" if model.vision else "checkpoint"
+        return f"no measured speed of such a {what}"
     return f"no run on {question.gpus} cards was fitted" if question.gpus > 1 else ""

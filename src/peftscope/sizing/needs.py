@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from peftscope.errors import InputError, Problem
 from peftscope.hardware.cards import Fits, Gpu
 from peftscope.memory.answer import Peaks, peaks_by_formula
 from peftscope.memory.formula.step import TrainingTraces, operations_of
@@ -20,7 +21,9 @@ def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]
     """Returns the options that a method has, and its name. ``rank`` also sets AdaLoRA's initial rank."""
     fields = METHODS[method].model_fields
     own = {k: v for k, v in options.items() if v is not None and (k not in METHOD_OPTIONS or k in fields)}
-    if "rank" not in fields and options.get("rank"):
+    if "rank" not in fields and options.get("rank") is not None:
+        if options["rank"] < 1:
+            raise InputError(Problem("rank", f"must be at least 1 (got {options['rank']})"))
         own |= METHODS[method].with_rank(options["rank"])
     if not METHODS[method].supports_checkpointing:
         own.pop("checkpointing", None)

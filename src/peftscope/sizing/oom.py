@@ -24,7 +24,7 @@ from peftscope.sizing.needs import Needs
 from peftscope.words import GIB, MIB, spoken_bytes
 
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": MIB, "GiB": GIB, "TiB": 1 << 40}
-_SIZE = rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})"
+_SIZE = rf"(\d{{1,15}}(?:\.\d{{1,15}})?) ?({'|'.join(UNITS)})"
 PATTERNS = {
     "requested": rf"Tried to allocate {_SIZE}",
     "capacity": rf"total capaci?ty of {_SIZE}|; {_SIZE} total capacity",
