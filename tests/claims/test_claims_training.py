@@ -229,7 +229,7 @@ def test_one_rule_judges_a_claim_in_every_world_that_has_run(there: float, said:
         assert finding.to_json("", [change])["moved"] == [{"date": change.date, "from": change.verdict}]  # at home
         return finding.to_json("")
 
-    write_losses({"r1": 0.1, "full": 0.2}, study="ranks")
+    write_losses({"r1": 0.1, "full": 0.2}, study="sums")
     assert spoken_verdict(judged()) == "holds here (1 world)"
     write_losses({"r1": there, "full": 0.2}, study="pronunciation", task="words")
     found = judged()

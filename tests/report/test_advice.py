@@ -286,7 +286,7 @@ def test_where_nothing_fits_a_sharded_4_bit_base_is_offered() -> None:
     ("options", "says"),
     [
         (["--gpu", "rtx4090"], "say how many there are"),
-        (["--gpu", "rtx4090", "--examples", "0"], "must be at least 1 (got 0)"),
+        (["--gpu", "rtx4090", "--examples", "0"], "must be from 1 to 2,147,483,647 (got 0)"),
         (["--gpu", "", "--examples", "5"], "unknown card (got '')"),
         (["--gpu", "rtx4090", "--examples", "5", "--priority", "cheap"], "unknown (got 'cheap')"),
         (["--gpu", "rtx4090", "--examples", "5", "--as", "axolotel"], "did you mean `axolotl`?"),
