@@ -41,7 +41,7 @@ def draw_tuning(path: Path, study: StudyResults) -> None:
     arms = [arm for arm, rate in rates.items() if rate.is_tuned or any(y is not None for y in rate.curve.values())]
     rows, columns = math.ceil(len(arms) / PANELS_BESIDE) or 1, min(PANELS_BESIDE, len(arms)) or 1
     shares = {"nrows": rows, "sharex": True, "sharey": True, "squeeze": False}
-    with new_figure(path, 1 + 2.2 * columns, 0.8 + 1.7 * rows, columns, **shares) as panels:
+    with new_figure(path, 1 + 2.2 * max(2, columns), 0.8 + 1.7 * rows, columns, **shares) as panels:
         for i, (axes, arm) in enumerate(zip_longest(panels.flat, arms)):
             if arm is None:
                 axes.set_axis_off()
@@ -58,7 +58,7 @@ def draw_tuning(path: Path, study: StudyResults) -> None:
             axes.set_title(fill(study.labels[arm], LABEL_WIDTH), fontsize="medium")
             plain_ticks(axes.yaxis)
         panels[0, 0].figure.supxlabel("learning rate")
-        panels[0, 0].figure.supylabel("NLL (nats per response token)")
+        panels[0, 0].figure.supylabel("NLL (nats/token)" if columns == 1 else "NLL (nats per response token)")
 
 
 def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
