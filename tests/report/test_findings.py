@@ -144,8 +144,8 @@ def test_every_open_or_not_run_claim_says_what_would_decide_it_and_at_what_price
     for name, finding in findings.items():
         assert bool(price.search(said[name])) == (finding["verdict"] in ("open", "not run")), (name, said[name])
     runs = pd.read_csv(repository / "results/published/variants/runs.csv")
-    arms = runs[runs["comparisons"].fillna("").str.contains(r"\barm-pissa(?:\s|$)")]
-    assert f"{2 * len(arms)} runs, {spoken_time(arms['wall_seconds'].sum())}" in said["P17"]
+    arms = runs[runs["comparisons"].fillna("").str.contains(r"\barm-lora-plus(?:\s|$)")]
+    assert f"{2 * len(arms)} runs, {spoken_time(arms['wall_seconds'].sum())}" in said["S85"]
 
 
 def test_a_comparison_of_the_same_runs_has_the_same_words_in_every_study(in_repository: None) -> None:
