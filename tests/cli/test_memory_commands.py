@@ -144,6 +144,11 @@ def test_a_broken_config_gets_one_line(config: Any, what: str, refusal: Refusal,
     assert not any(empty in message for empty in (": :", "Value error"))
 
 
+def test_layers_of_gpt_2_are_packed_in_four_bits_too(peftscope: Command, config_of) -> None:
+    path = config_of({"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 256})
+    assert "quantised weights" in peftscope("memory", path, "--method", "qlora", "--seq-len", "32")[1]
+
+
 def test_a_model_of_an_unknown_kind_is_simulated_and_the_answer_says_so(peftscope: Command, config_of) -> None:
     path = config_of({**LLAMA, "model_type": "stablelm", "num_key_value_heads": 4, "max_position_embeddings": 64})
     code, output, _ = peftscope("memory", path, "--seq-len", "32")

@@ -43,6 +43,7 @@ CASES = {
     "nothing to exclude": ("exclude: [{match: {rnak: 4}, reason: none}]", "exclude[0].match", "matches no run"),
     "extends nothing": ("extends: quickk", "extends", "did you mean `quick`?"),
     "flash on a CPU": ("fixed: {model: toy, attention: flash_attention_2}", "fixed.attention", "use sdpa"),
+    "a token of prose": ("fixed: {retention_tokens: 1}", "retention_tokens", "use 0, or more"),
     "more answers than items": ("fixed: {heldout_items: 8}", "heldout_items", "must not exceed heldout_items=8"),
     "a truth value for a number": ("fixed: {model: toy, steps: true}", "fixed.steps", "must be a number (got True)"),
     "an axis of another method": ("axes: {method: [lora, full], iterations: [1, 5]}", "axes.iterations", "no run's"),

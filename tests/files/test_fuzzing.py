@@ -22,8 +22,7 @@ from peftscope.data.batching import IGNORED, collate, pack, tokenise
 from peftscope.data.sources import Item
 from peftscope.data.tasks import SPLITS, find_task, make_task, read_split
 from peftscope.errors import InputError
-from peftscope.evaluation.heldout import ItemLoss
-from peftscope.execution.way import write_items
+from peftscope.evaluation.heldout import ItemLoss, write_items
 from peftscope.files.content import LARGEST_BYTES, SHOWN_LINES, parse_json, read_yaml
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import answer_by_formula

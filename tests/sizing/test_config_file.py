@@ -487,6 +487,8 @@ def test_axolotls_plugin_of_cut_cross_entropy_switches_it_on(tmp_path: Path) -> 
         ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder-decoder"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is an encoder"),
         ({"quantization_config": {"quant_method": "aqlm"}}, "quantised ('aqlm')"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": -4}}, "quantised ('gptq')"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, "quantised ('fp8')"),
         ({"quantization_config": {"bits": 4}}, "quantised ('unknown')"),
         ({"model_type": "opt", "quantization_config": {"quant_method": "gptq"}}, "gptq is not simulated"),
     ],

@@ -175,7 +175,7 @@ class Finding:
             "kind": first.part.kind,
             "model": deciding["model"],
             "hardware": hardware if first.part.kind in DETERMINISTIC and first.found else "",
-            "history": [change.model_dump(mode="json", exclude_none=True) for change in changes],
+            "history": [change.model_dump(mode="json", exclude_defaults=True) for change in changes],
             "moved": moved(changes, combine([part.verdict for part in self._at_home]), self._last_run()),
             "parts": [part.to_json() for part in self.parts],
         }

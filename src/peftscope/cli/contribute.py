@@ -26,12 +26,12 @@ def contribute(
 ) -> None:
     """Pack what an experiment measured on your card into one file for a pull request, without names and paths."""
     from peftscope.analysis.contributed import pack, write
-    from peftscope.report.tables import runs_table
+    from peftscope.report.tables import readable_card_runs
 
     console = wide_console()
     for contribution in pack(experiment):
         console.print(f"{contribution.card}: {len(contribution.records)} runs of {experiment}", markup=False)
-        console.print(_as_table(runs_table(contribution.runs())))
+        console.print(_as_table(readable_card_runs(contribution.runs())))
         table = Table("every text of the file, by field", "", box=None)
         for field, texts in _texts(contribution.content()).items():
             more = f" and {len(texts) - MOST_SHOWN} more" if len(texts) > MOST_SHOWN else ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from peftscope.data.batching import IGNORED, Batch, Example, evaluation_batches
+from peftscope.data.sources import Item
 from peftscope.spec import RunSpec
 from peftscope.training.load import autocast
 
@@ -117,3 +120,14 @@ def mean_nll(per_item: Sequence[ItemLoss]) -> float:
     2.0
     """
     return sum(item.nll for item in per_item) / sum(item.tokens for item in per_item)
+
+
+def write_items(path: Path, items: list[Item], per_item: Sequence[ItemLoss], answers: list[dict[str, Any]]) -> None:
+    """Writes one line for each held-out item: its loss and, where it was asked, its answer."""
+    by_item = {row["item"]: row for row in answers}
+    rows = []
+    for index, (item, loss) in enumerate(zip(items, per_item, strict=True)):
+        row = {"item": index, "prompt": item.prompt, "target": item.response, **loss._asdict()}
+        answer = by_item.get(index)
+        rows.append(row | ({"answer": answer["answer"], "correct": answer["correct"]} if answer else {}))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

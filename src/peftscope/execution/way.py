@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 import time
@@ -19,7 +18,7 @@ import torch
 from peftscope.data.batching import Batch, Example, evaluation_batches, tokenise, training_batches, widest_batch
 from peftscope.data.sources import Item, RandomStringsSource
 from peftscope.data.tasks import draw_items, find_task, read_split, shuffle_responses
-from peftscope.evaluation.heldout import ItemLoss, base_answers, heldout_nll, mean_nll, nll_and_shift
+from peftscope.evaluation.heldout import ItemLoss, base_answers, heldout_nll, mean_nll, nll_and_shift, write_items
 from peftscope.evaluation.latency import time_passes
 from peftscope.evaluation.retention import bits_per_byte
 from peftscope.evaluation.updates import update_spectra, weights_before
@@ -316,17 +315,6 @@ def _score_heldout(spec: RunSpec, trained: TrainedModel, data: _Data) -> list[It
     if spec.method.trains:
         check_loss(mean_nll(per_item), trained.vocab_size, spec, "on held-out items")
     return per_item
-
-
-def write_items(path: Path, items: list[Item], per_item: Sequence[ItemLoss], answers: list[dict[str, Any]]) -> None:
-    """Writes one line for each held-out item: its loss and, where it was asked, its answer."""
-    by_item = {row["item"]: row for row in answers}
-    rows = []
-    for index, (item, loss) in enumerate(zip(items, per_item, strict=True)):
-        row = {"item": index, "prompt": item.prompt, "target": item.response, **loss._asdict()}
-        answer = by_item.get(index)
-        rows.append(row | ({"answer": answer["answer"], "correct": answer["correct"]} if answer else {}))
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _save(spec: RunSpec, model: Any, adapter: Path) -> int:

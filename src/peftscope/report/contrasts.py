@@ -212,12 +212,12 @@ def readable_difference(row: dict[Any, Any], reference: str) -> dict[str, str]:
     """Returns how far an arm is ahead of the reference as text, by column. A control has it in nats alone."""
     has_gain = math.isfinite(row.get("percent", math.nan))
     points = f"by (points of {row.get('points_of', 'exact match')})"
-    sample = "" if row.get("is_whole_split", True) else " *"
+    mark = "" if row.get("is_whole_split", True) else " *"
     return {
         "pairs": _pairs(row),
         f"ahead of {reference} by (% of the task gain)": _signed(row, "percent", ".1f") if has_gain else "-",
         "within (%)": formatted(row.get("bound_percent"), ".1f"),
-        points: _signed(row, "accuracy", ".1f") + sample if pd.notna(row.get("accuracy")) else "-",
+        points: _signed(row, "accuracy", ".1f") + mark if pd.notna(row.get("accuracy")) else "-",
         "by (nats/token)": _signed(row, "difference", ".4f"),
     }
 

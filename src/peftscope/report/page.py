@@ -130,8 +130,7 @@ def _study_pages(experiment: str, settings: Study) -> dict[str, Any]:
     if unfinished := _unfinished(study):
         return {"unfinished": unfinished}
     facts = study_facts(study, settings)
-    drawn = {name: text for name, text in study_sentences(facts).items() if facts["compares"] or name != "differences"}
-    figures = {name: _figure(folder / "figures", name, text) for name, text in drawn.items()}
+    figures = {name: _figure(folder / "figures", name, text) for name, text in study_sentences(facts).items()}
     return {"unfinished": "", **facts, **figures}
 
 

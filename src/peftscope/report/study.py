@@ -169,7 +169,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
 
 
 def study_sentences(facts: dict[str, Any]) -> dict[str, str]:
-    """Returns what the two figures of a study show in words, from its facts."""
+    """Returns what each figure of a study shows in words, from its facts."""
     several = facts["seeds"] >= FEWEST_FOR_MEANS
     large = f", large ones their means with {100 * CONFIDENCE:g} % intervals" * several
     large += ", which include the tuning of both arms" * (several and facts["has_tuning"])
@@ -180,7 +180,7 @@ def study_sentences(facts: dict[str, Any]) -> dict[str, str]:
         differences += f" The grey band is what {facts['first']} differs by from itself."
     tuning = f"Each arm is drawn beside {facts['first']}, which is grey. Small points are of seeds that only tuned. "
     tuning += f"Rings mark what was chosen: {facts['chosen']}. A rate at which training diverged has no point."
-    return {"differences": differences, "tuning": tuning}
+    return {"differences": differences, "tuning": tuning} if facts["compares"] else {"tuning": tuning}
 
 
 def write_study(experiment: str) -> None:

@@ -306,8 +306,8 @@ def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def runs_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns one row per run as text: how it ended, its step, and its measured peaks with the prediction's errors."""
+def readable_card_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns runs of a contributed card as text: how each ended, its step, its peaks with the prediction's errors."""
     table = pd.DataFrame(
         {
             "run": runs["run_id"],

@@ -126,12 +126,13 @@ def question_of(
     if cards is None:
         cards = 1
         reading.assumed.append(
-            "gpus=1: the file shards nothing; copies on more cards (DDP) take the same, plus buckets; a time is of one"
+            "gpus=1: the file shards nothing; copies on more cards (DDP) take the same, plus buckets; "
+            "times are those of one card"
         )
     elif reading.whole and not reading.sharded:
         if cards > 1:
             reading.assumed.append(
-                f"each of the {cards} cards has all weights, as {reading.whole} says; a time is of one"
+                f"each of the {cards} cards has all weights, as {reading.whole} says; times are those of one card"
             )
         cards = 1
     elif gpus is None and not reading.sharded:

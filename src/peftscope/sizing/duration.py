@@ -161,7 +161,8 @@ def unvalidated(question: Question) -> str:
     beside, model = question.beside, question.model
     if beside.offload != "none" or beside.offload_activations:
         return "what moves to the host is not timed"
-    if model.stored or model.vision or beside.optimizer_states != "own":
-        what = "optimizer" if beside.optimizer_states != "own" else "tower" if model.vision else "checkpoint"
-        return f"no measured speed of such a {what}"
+    unknown = {"a quantised checkpoint": model.stored, "a vision tower": model.vision}
+    for what, has_it in (unknown | {"such an optimizer": beside.optimizer_states != "own"}).items():
+        if has_it:
+            return f"no measured speed of {what}"
     return f"no run on {question.gpus} cards was fitted" if question.gpus > 1 else ""
