@@ -1,4 +1,4 @@
-"""The held-out loss on response tokens, which every run measures, and how far answers moved from the base's."""
+"""The held-out loss on response tokens, its file of items, and how far answers moved from the base's."""
 
 from __future__ import annotations
 
