@@ -21,6 +21,7 @@ from peftscope.analysis.stats import CONFIDENCE
 from peftscope.report.comparison import draw_ranking, summarise_ranking
 from peftscope.report.front import README, with_numbers
 from peftscope.report.plots import new_figure
+from peftscope.report.tables import markdown
 
 SCORES = Path("benchmarks/peft_method_comparison.csv")
 PAGE = Path("docs/peft-comparison.md")
@@ -79,7 +80,7 @@ def render(scores: Path = SCORES) -> str:
     ]
     alone, corrected = ([_share(one, corrected=each) for one in (same, main)] for each in (False, True))
     beside = int((np.diag(main.p, 1) >= 1 - CONFIDENCE).sum())
-    top = [_undecided_at_the_top(one) for one in (same, main)]
+    top = [f"{(one.p[:TOP, :TOP][np.triu_indices(TOP, 1)] >= 1 - CONFIDENCE).mean():.0%}" for one in (same, main)]
     lines = [
         f"If single runs spread by {100 * SHOWN_SPREAD:g} pp between seeds, **{alone[0]} of the orderings of two runs "
         f"could be chance on these very items, and {alone[1]} on other items of their kind**. After correction for "
@@ -87,9 +88,7 @@ def render(scores: Path = SCORES) -> str:
         f"of the orderings could be chance one by one. On other items, {beside} of {len(main.systems) - 1} neighbours "
         f"cannot be told apart, nor can the first {main.groups[0][1]} places.",
         "",
-        "| " + " | ".join(rows[0]) + " |",
-        "|---" + "|---:" * (len(rows[0]) - 1) + "|",
-        *("| " + " | ".join(row.values()) + " |" for row in rows),
+        markdown(pd.DataFrame(rows)).rstrip(),
     ]
     lines += [
         "",
@@ -179,10 +178,6 @@ def number_of_readme(scores: Path = SCORES) -> dict[str, str]:
 
 def _share(ranking: Ranking, *, corrected: bool) -> str:
     return f"{ranking.undecided(corrected=corrected) / ranking.pairs:.0%}"
-
-
-def _undecided_at_the_top(ranking: Ranking) -> str:
-    return f"{(ranking.p[:TOP, :TOP][np.triu_indices(TOP, 1)] >= 1 - CONFIDENCE).mean():.0%}"
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def render(scores: pd.DataFrame, tools: pd.DataFrame) -> str:
         f"The closed form and the simulation tell tensors (allocated) from segments (reserved). "
         f"{inside['simulation_bytes'].notna().sum()} of {len(inside)} points were simulated.",
         "",
-        *_by_kind(inside),
+        *_by("method", inside, OURS),
         "",
         *_missed(inside),
         "",
@@ -161,7 +162,7 @@ def render(scores: pd.DataFrame, tools: pd.DataFrame) -> str:
         "training with Adam, with an adapter that of the weights. scorecard.csv has each point, with what a calculator "
         "could not be asked.",
         "",
-        *_by_source(inside, usual, bare),
+        *_by("source", inside, usual, bare),
         "",
         "## Out of memory",
         "",
@@ -177,7 +178,7 @@ def render(scores: pd.DataFrame, tools: pd.DataFrame) -> str:
         "",
         "Those that state enough to ask all the same:",
         "",
-        *_by_source(asked[asked["measured_bytes"].notna()], usual, bare),
+        *_by("source", asked[asked["measured_bytes"].notna()], usual, bare),
     ]
     return "\n".join(lines)
 
@@ -208,10 +209,12 @@ def _summary(scores: pd.DataFrame, names: list[str]) -> list[str]:
     return lines
 
 
-def _by_kind(scores: pd.DataFrame) -> list[str]:
-    lines = ["| method | counted | points | closed form | simulation |", "|---|---|---:|---:|---:|"]
-    for (method, kind), part in scores.groupby(["method", "kind"]):
-        lines.append(f"| {method} | {kind} | {len(part)} | {' | '.join(_cell(part, name) for name in OURS)} |")
+def _by(first: str, scores: pd.DataFrame, names: Sequence[str], bare: Sequence[str] = ()) -> list[str]:
+    names = [*(name for name in names if scores[f"{name}_bytes"].notna().any()), *bare]
+    heads = " | ".join(f"*{name}*" if name in bare else name for name in names)
+    lines = [f"| {first} | counted | points | {heads} |", f"|---|---|---:|{'---:|' * len(names)}"]
+    for (name, kind), part in scores.groupby([scores[first].str.split("[ #;]").str[0], "kind"]):
+        lines.append(f"| {name} | {kind} | {len(part)} | {' | '.join(_cell(part, each) for each in names)} |")
     return lines
 
 
@@ -223,16 +226,6 @@ def _missed(scores: pd.DataFrame) -> list[str]:
     for index, row in rows.iterrows():
         unasked = f" (not asked: {row['not_asked'].replace(' ', ', ')})" if row["not_asked"] else ""
         lines.append(f"- {_percent(found[index])} %: {row['what']}, {row['kind']}{unasked}")
-    return lines
-
-
-def _by_source(scores: pd.DataFrame, names: list[str], bare: list[str]) -> list[str]:
-    names = [name for name in names if scores[f"{name}_bytes"].notna().any()] + bare
-    heads = " | ".join(f"*{name}*" if name in bare else name for name in names)
-    lines = [f"| source | counted | points | {heads} |", f"|---|---|---:|{'---:|' * len(names)}"]
-    source = scores["source"].str.split("[ #;]").str[0]
-    for (name, kind), part in scores.groupby([source, "kind"]):
-        lines.append(f"| {name} | {kind} | {len(part)} | {' | '.join(_cell(part, each) for each in names)} |")
     return lines
 
 

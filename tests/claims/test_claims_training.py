@@ -279,7 +279,8 @@ def test_another_seed_changes_scores_and_answers_or_neither(monkeypatch: pytest.
 
     def verdicts(score: Callable[[int], float], answer: Callable[[int, int], str]) -> list[tuple[Verdict, Any]]:
         def runs(arm: str) -> pd.DataFrame:
-            return pd.DataFrame({"run_id": f"{arm}-{seed}", "seed": seed, ACCURACY: score(seed)} for seed in range(8))
+            row = {"status": "ok"}
+            return pd.DataFrame(row | {"run_id": f"{arm}-{s}", "seed": s, ACCURACY: score(s)} for s in range(8))
 
         items = [
             {"run_id": f"{arm}-{seed}", "item": item, "answer": answer(seed, item), "correct": 0.0}

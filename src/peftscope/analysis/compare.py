@@ -159,7 +159,7 @@ class Difference:
         return next((n for n in range(2, LARGEST_PAIRS) if self.half_width(confidence, n) < half_width), None)
 
 
-def lowest_loss(losses: Sequence[Sequence[float]], seeds: Sequence[int]) -> float:
+def lowest_mean(losses: Sequence[Sequence[float]], seeds: Sequence[int]) -> float:
     """Returns the lowest over rates of the trimmed mean over some seeds; ``losses`` has a sequence for each rate."""
     return min(trimmed_mean([of_rate[seed] for seed in seeds]) for of_rate in losses)
 
@@ -176,7 +176,7 @@ def pair_values(first: Sequence[Sequence[float]], second: Sequence[Sequence[floa
     """
     if len(first) == len(second) == 1:
         return [other - mine for mine, other in zip(first[0], second[0], strict=True)]
-    return jackknife(lambda kept: lowest_loss(second, kept) - lowest_loss(first, kept), len(first[0]))
+    return jackknife(lambda kept: lowest_mean(second, kept) - lowest_mean(first, kept), len(first[0]))
 
 
 def compare(differences: Sequence[float], margin: float, tuning_error: float = 0.0) -> Difference:

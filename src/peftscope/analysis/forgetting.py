@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from peftscope.analysis.stats import differences, where_reached
+from peftscope.analysis.stats import where_reached
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem
 from peftscope.planning.published import RETENTION, SHIFT, VALIDATION
@@ -45,19 +45,28 @@ def matched_rises(first: pd.DataFrame, second: pd.DataFrame, by: str = "task") -
     return lowest, one, other
 
 
-def less_at_equal_loss(study: StudyResults, arm: str, against: str) -> list[float]:
-    """Returns how much less an arm has forgotten than another where both have the same loss, a value for each seed."""
-    mine, theirs = (dict(curves(study, study.arm_runs(name))) for name in (arm, against))
-    rises = [matched_rises(mine[seed], theirs[seed])[1:] for seed in sorted(mine.keys() & theirs.keys())]
-    firsts, seconds = zip(*rises, strict=True) if rises else ((), ())
-    return differences(seconds, firsts, study.has_several_rates(arm, against))
+def matched(study: StudyResults, runs: pd.DataFrame, other: pd.DataFrame, by: str = "task") -> pd.DataFrame:
+    """Returns a row for each seed: the lowest value that both reach (``at``), and the rises (``first``, ``second``).
+
+    Runs along which it was not measured are left out.
+    """
+    mine, theirs = (
+        {seed: curve for seed, curve in curves(study, side) if curve[by].notna().all()} for side in (runs, other)
+    )
+    found = {seed: matched_rises(mine[seed], theirs[seed], by) for seed in sorted(mine.keys() & theirs.keys())}
+    return pd.DataFrame.from_dict(found, orient="index", columns=["at", "first", "second"], dtype=float)
 
 
-def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[pd.Series]]:
-    """Returns for some losses on the task the rise on prose of each arm by seed, at the rate that forgets least there.
+def less_at_equal_loss(study: StudyResults, arm: str, against: str) -> tuple[list[float], float]:
+    """Returns how much less an arm has forgotten than another where both have the same loss; see ``beside_loss``."""
+    return study.beside_loss(arm, against, lambda *sides: matched(study, *sides), lambda mine, theirs: theirs - mine)
+
+
+def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[list[list[float]]]]:
+    """Returns for some losses on the task the rise on prose of each arm there, a list by seed for each of its rates.
 
     The losses are a factor of √2 apart, from the lowest that every arm reaches to four times that. A rate counts where
-    all its seeds reach the loss.
+    all its seeds reach the loss. The seeds are those of all arms.
 
     Raises:
         InputError: The study did not score prose along its training, or a seed diverged at every rate of an arm.
@@ -79,13 +88,15 @@ def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[pd.Se
             Problem(f"the study `{study.name}`", "an arm has no rate at which all seeds ended well", remedy)
         )
     lowest = max(map(min, reached))
-    found: dict[float, list[pd.Series]] = {}
-    for loss in (lowest * 2 ** (step / 2) for step in range(5)):
-        for of_arm in rates:
-            rises = [
-                pd.Series({seed: where_reached(curve["task"], curve["rise"], loss) for seed, curve in by_seed.items()})
-                for by_seed in of_arm
-            ]
-            reaching = [rise for rise in rises if rise.notna().all()]
-            found.setdefault(loss, []).append(min(reaching, key=lambda rise: float(rise.mean())))
-    return found
+    seeds = sorted(set.intersection(*(set(by_seed) for of_arm in rates for by_seed in of_arm)))
+
+    def rises(by_seed: dict[int, pd.DataFrame], loss: float) -> list[float]:
+        return [where_reached(by_seed[seed]["task"], by_seed[seed]["rise"], loss) for seed in seeds]
+
+    return {
+        loss: [
+            [rises(by_seed, loss) for by_seed, low in zip(of_arm, lows, strict=True) if low <= loss]
+            for of_arm, lows in zip(rates, reached, strict=True)
+        ]
+        for loss in (lowest * 2 ** (step / 2) for step in range(5))
+    }

@@ -34,8 +34,10 @@ class Interval:
     n: int
 
 
-def mean_interval(values: Sequence[float]) -> Interval | None:
+def mean_interval(values: Sequence[float], error: float = 0.0) -> Interval | None:
     """Returns the mean of the values with its 95 % Student t interval, or None if there are no values.
+
+    The interval includes another standard ``error``, if there is one.
 
     >>> interval = mean_interval([1.0, 2.0, 3.0])
     >>> round(interval.low, 3), interval.mean, round(interval.high, 3)
@@ -48,10 +50,12 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     if sample.size == 0:
         return None
     mean = float(sample.mean())
-    if np.ptp(sample) == 0:
+    if np.ptp(sample) == 0 and not error:
         return Interval(mean, None, None, int(sample.size))
     # This computes the quantile directly: scipy's distributions spend ten times as long on checking arguments.
-    reach = special.stdtrit(sample.size - 1, (1 + CONFIDENCE) / 2) * sample.std(ddof=1) / math.sqrt(sample.size)
+    reach = special.stdtrit(sample.size - 1, (1 + CONFIDENCE) / 2) * math.hypot(
+        sample.std(ddof=1) / math.sqrt(sample.size), error
+    )
     return Interval(mean, float(mean - reach), float(mean + reach), int(sample.size))
 
 
@@ -95,16 +99,6 @@ def of_trimmed_means(estimate: Callable[..., float], *sides: Sequence[float]) ->
     [4.0, 8.0]
     """
     return jackknife(lambda kept: estimate(*(trimmed_mean([side[i] for i in kept]) for side in sides)), len(sides[0]))
-
-
-def differences(first: Sequence[float], second: Sequence[float], is_trimmed: bool) -> list[float]:
-    """Returns a value for each seed, whose mean is that of the first side minus that of the second.
-
-    If ``is_trimmed``, the means are trimmed, and of two seeds or more the values are those of a jackknife.
-    """
-    if is_trimmed and len(first) > 1:
-        return of_trimmed_means(float.__sub__, first, second)
-    return [one - other for one, other in zip(first, second, strict=True)]
 
 
 def edits(first: Sequence[Any], second: Sequence[Any]) -> int:

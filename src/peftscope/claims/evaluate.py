@@ -217,12 +217,7 @@ def evaluate(claims: Iterable[Claim], stored: Mapping[str, Measurement] | None =
 
 
 def evaluate_part(part: Part, stored: Mapping[str, Measurement] | None = None) -> PartFinding:
-    """Returns the finding on one part. If its check cannot run, the finding says why.
-
-    Args:
-        part: The part to judge.
-        stored: Measurements that are not made again, each under the ``check_key`` of its check.
-    """
+    """Returns the finding on one part. If its check cannot run, the finding says why. ``stored``: see ``evaluate``."""
     if part.waits_for:
         return PartFinding(part, Verdict.NOT_RUN, part.waits_for)
     found = _measure(part, stored or {})

@@ -119,13 +119,7 @@ def geometric_mean_of(logarithms: Sequence[float], **fields: Any) -> Measurement
 def log_slope(
     sizes: Sequence[int], seeds: int, value: Callable[[int, int], float], quantity: str, axis: str, model: str
 ) -> Measurement:
-    """Returns the mean slope of log(value) over log(size), one slope for each seed, with its interval.
-
-    Args:
-        value: The value for a seed and a size.
-        quantity: The name of the value.
-        axis: The name of the size.
-    """
+    """Returns the mean slope of log(value(seed, size)) over log(size), one slope for each seed, with its interval."""
     import numpy as np  # not for those who read what was published
 
     values = np.array([[value(seed, size) for size in sizes] for seed in range(seeds)])

@@ -85,7 +85,8 @@ def unexplained_changes(
         stored = [part for part in before[claim.id]["parts"] if not part.get("elsewhere")]
         decided = [part for part in stored if part["role"] != "beside"]
         same = len(deciding) == len(decided) and all(map(_decides_alike, deciding, decided))
-        entries = [change.model_dump(mode="json", exclude_defaults=True) for change in history if change.claim == claim.id]
+        own = [change for change in history if change.claim == claim.id]
+        entries = [change.model_dump(mode="json", exclude_defaults=True) for change in own]
         if not same and all(entry in before[claim.id]["history"] for entry in entries):
             yield claim.id
 

@@ -144,13 +144,7 @@ def _told(number: float, unit: str, form: str = "g") -> str:
 
 
 def judge(rule: Rule, measurement: Measurement, unit: str = "") -> tuple[Verdict, str]:
-    """Returns the verdict on a measurement, and what a reader must know beside the numbers.
-
-    Args:
-        rule: The rule for when the claim holds.
-        measurement: The measured quantity.
-        unit: The unit of the quantity, as the reader is told it.
-    """
+    """Returns the verdict on a measurement, and what a reader must know beside the numbers."""
     if measurement.spoiled_by:
         return Verdict.OPEN, measurement.spoiled_by
     value, low, high = measurement.value, measurement.low, measurement.high

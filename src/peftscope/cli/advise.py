@@ -37,7 +37,7 @@ def advise_command(
     fields: Annotated[str | None, typer.Option(help="Its fields that are text; default text.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A folder with it; default that of the model.")] = None,
     lengths: Annotated[Path | None, typer.Option(help="Instead of --data: a file with one length a line.")] = None,
-    claims: Annotated[Path | None, typer.Option(help="A claims.json; default: ours, or the published one.")] = None,
+    claims: Annotated[Path | None, typer.Option(help="A claims.json; default: your own, or ours.")] = None,
     as_trainer: Annotated[str | None, typer.Option("--as", help="Also a file for trl, axolotl, llama-factory.")] = None,
     why: Annotated[bool, typer.Option("--why", help="Every setting with its claims, and what else fits.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")] = False,

@@ -29,7 +29,7 @@ def compare(
     a: Annotated[str, typer.Argument(help="Run ids, folders or files, with commas; STUDY:ARM; with --all STUDY.")],
     b: Annotated[str | None, typer.Argument(help="The same, to compare with.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Compare all systems in A with each other.")] = False,
-    margin: Annotated[str | None, typer.Option(help="Of sameness: 2pp, 5%gain (of the task gain), or 0.02.")] = None,
+    margin: Annotated[str | None, typer.Option(help="Of sameness: 2pp, 2.5%gain (of the task gain), or 0.02.")] = None,
     metric: Annotated[str | None, typer.Option(help="The score, as the files name it; default: the main one.")] = None,
     base: Annotated[str | None, typer.Option(help="For a margin in %gain: runs that learned nothing, as A.")] = None,
     seed_spread: Annotated[str | None, typer.Option(help="With --all: the deviation between seeds, as 1pp.")] = None,
@@ -62,7 +62,7 @@ def compare(
     if margin is not None:
         number_and_unit(margin, "--margin")
     if base is not None and not (margin or "").strip().endswith("%gain"):
-        raise InputError(Problem("--base", "goes with a margin in %gain only", "leave it out, or give --margin 5%gain"))
+        raise InputError(Problem("--base", "goes with a margin in %gain only", "leave it out, or take 2.5%gain"))
     if a == b:
         raise InputError(Problem("B", f"is A itself (got {b!r})", "name what A is compared with"))
     first, second = (read_scores(text, metric) for text in (a, b))
@@ -138,7 +138,7 @@ def _print_rankings(
 @app.command(rich_help_panel=TRUE)
 @needs("report")
 def leaderboard() -> None:
-    """Write a table for each world with what its finished studies say of their arms: reports/leaderboard.html."""
+    """Write a table for each world with what studies say of their finished arms: reports/leaderboard.html."""
     from peftscope.report.leaderboard import read_sections, subject_of, write_leaderboard
 
     sections, left_out = read_sections()

@@ -96,8 +96,8 @@ def run(
     spec: Spec,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; default results/runs/RUN_ID.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
-    timed_threads: Annotated[int, typer.Option(help="The same from start values to prose, while others wait.")] = 0,
-    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Between two checkpoints, to go on from.")] = 300,
+    timed_threads: Annotated[int, typer.Option(help="Threads of the timed phases, while others wait.")] = 0,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Seconds between two checkpoints.")] = 300,
     attempts_left: Annotated[int, typer.Option(help="How often the caller tries again, with more memory.")] = 0,
     keep_weights: Annotated[str, typer.Option(help="Trained weights that stay: all, adapters, or none.")] = "adapters",
     keep_at: Annotated[str, typer.Option(help="Shares of the training after which to keep them, as in 0.5,1.")] = "",
@@ -148,7 +148,7 @@ def _read_spec(text: str) -> tuple[dict[str, Any], Path]:
 @needs("train")
 def expand_experiment(
     experiment: rules.ExperimentName,
-    brief: Annotated[bool, typer.Option("--brief", help="Only the totals.")] = False,
+    brief: Annotated[bool, typer.Option("--brief", help="By method.")] = False,
     gpu: Annotated[str | None, typer.Option(help="On this card: rtx4090, a100, ..., or its memory: 24GB.")] = None,
 ) -> None:
     """Show an experiment's runs, with an estimate of the time and the memory that they will take."""

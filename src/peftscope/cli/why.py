@@ -146,7 +146,7 @@ def why(
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
-    """Say why A takes other memory at its peak than B, term by term; or why a phase of A has the peak.
+    """Say why A has another peak than B, term by term; or why a phase of A has the peak.
 
     Options hold for both, unless a setting says otherwise.
     """

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.execution.sweep import run_apart
 from peftscope.hardware.device import detect_device
@@ -128,9 +130,7 @@ def compare_records(experiment: str, published: RunRecord, here: RunRecord, seco
 
 def _compared(record: RunRecord) -> dict[str, dict[str, Any]]:
     """Returns what a record has to compare, flat, without what it lacks."""
-    memory = record.memory.model_dump()
-    peaks = {f"{phase}.{key}": memory[phase][key] for phase in ("load", "train", "evaluate") for key in memory[phase]}
-    peaks |= {f"predicted.{key}": value for key, value in memory["predicted"].items()}
+    peaks = _flat(record.memory.model_dump(include={"load", "train", "evaluate", "predicted"}))
     files = {name: digest for name, digest in record.files.items() if name.endswith((".safetensors", ".jsonl"))}
     found = {
         "losses": {
@@ -145,11 +145,8 @@ def _compared(record: RunRecord) -> dict[str, dict[str, Any]]:
     return {name: {key: v for key, v in fields.items() if v is not None} for name, fields in found.items()}
 
 
-def _flat(fields: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in fields.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    return pd.json_normalize(fields).to_dict("records")[0]
 
 
 def _relative(published: float, here: float) -> float:

@@ -50,7 +50,7 @@ def number_and_unit(text: str, where: str) -> tuple[float, str]:
     """
     match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*(pp|%gain|nats|%|)", text.strip())
     if not match or not 0 < float(match[1]) < 1e9:
-        raise InputError(Problem(where, f"no amount (got {shown(text)})", "as in 2pp, 5%gain or 0.02"))
+        raise InputError(Problem(where, f"no amount (got {shown(text)})", "as in 2pp, 2.5%gain or 0.02"))
     if match[2] == "%":
         remedy = f"say {match[1]}pp for percentage points of the score, or {match[1]}%gain for a share of the task gain"
         raise InputError(Problem(where, f"a bare per cent does not say of what (got {shown(text)})", remedy))
@@ -239,12 +239,7 @@ def _sources(pairing: Pairing, unit: str, *, differs: bool) -> Iterator[str]:
 
 
 def summarise_ranking(ranking: Ranking, chances: Trust | None) -> dict[str, str]:
-    """Returns what a ranking says, by column.
-
-    Args:
-        ranking: The ranking.
-        chances: How far a ranking by single runs is right; None if the spread between seeds is not known.
-    """
+    """Returns what a ranking says, by column; no chances if the spread between seeds is not known."""
     alone, corrected = (ranking.undecided(corrected=each) for each in (False, True))
     columns = {
         "could be chance, one by one": f"{alone:,} of {ranking.pairs:,} ({alone / ranking.pairs:.0%})",

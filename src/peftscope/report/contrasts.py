@@ -82,11 +82,12 @@ def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
     }
     if difference.n >= FEWEST_FOR_BOOTSTRAP:
         row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
-    if (accuracy := mean_interval(points(study, arm, against, ARGMAX if symbols else ""))) is not None:
+    if (accuracy := mean_interval(*points(study, arm, against, ARGMAX if symbols else ""))) is not None:
         row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
         row["is_whole_split"] = bool(symbols) or has_whole_split(study, arm, against)
         row |= {"points_of": "argmax tokens"} if symbols else {}
-    target = float(other[VALIDATION].mean()) + MARGIN * study.yardstick if VALIDATION in other else math.nan
+    losses = list(other[VALIDATION].dropna()) if VALIDATION in other else []
+    target = study.mean_of(against)(losses) + MARGIN * study.yardstick if losses else math.nan
     if math.isfinite(target) and (samples := samples_to(study, target, arm)):
         row["samples_to_reference"] = median(samples)
     return row
@@ -145,13 +146,13 @@ def controls(study: StudyResults) -> pd.DataFrame:
 def tuning(study: StudyResults) -> pd.DataFrame:
     """Returns one row per arm and rate on the seeds of the study: its held-out losses, and whether it is the best.
 
-    Of a task whose answers are lists of symbols, it has the mean shares of the tokens that are the argmax and of the
-    symbols that are wrong, without runs that diverged.
+    Of a task whose answers are lists of symbols, it has the shares of the tokens that are the argmax and of the symbols
+    that are wrong, means as those of the losses are, without runs that diverged.
     """
     rows, symbols = [], symbols_of(study.table["task"].iloc[0])
     scores = {"argmax_tokens": ARGMAX, f"wrong_{symbols}": WRONG_SYMBOLS} if symbols else {}
     for arm in study.arms:
-        rate, runs = study.rate(arm), study.rate_runs(arm)
+        rate, runs, mean = study.rate(arm), study.rate_runs(arm), study.mean_of(arm)
         for tried, loss in rate.losses.items():
             here = runs[runs["learning_rate"] == tried]
             typical = runs[runs["learning_rate"] == min(tried, rate.best)]
@@ -167,7 +168,11 @@ def tuning(study: StudyResults) -> pd.DataFrame:
                     "steep": int((here[HELDOUT] > STEEP * float(typical[HELDOUT].median())).sum()),
                     "diverged": int((here["status"] == "diverged").sum()),
                 }
-                | {f"{name}_percent": 100 * here[column].mean() for name, column in scores.items() if column in here}
+                | {
+                    f"{name}_percent": 100 * mean(list(here[column].dropna()))
+                    for name, column in scores.items()
+                    if column in here and here[column].notna().any()
+                }
             )
     return pd.DataFrame(rows)
 

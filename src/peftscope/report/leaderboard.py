@@ -1,4 +1,4 @@
-"""Renders the leaderboard: a table for each world, with what its finished studies say of their arms. No torch.
+"""Renders the leaderboard: a table for each world, with what studies say of their finished arms. No torch.
 
 Studies whose reference arm has the same runs were judged on the same task with the same seeds, and share a table.
 """

@@ -126,6 +126,8 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
         mine = f"{finding['verdict']} in {len(where.pop(finding['verdict']))} of {len(judged)} worlds"
         return ", ".join([mine, *(f"{verdict} in {len(those)}" for verdict, those in where.items())])
     place = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
+    if finding["verdict"] == Verdict.NOT_RUN:
+        place = " in full" if any(part["found"] is not None for part in deciding(finding)) else ""
     reason = (key_part(finding) or {}).get("reason", "") if finding.get("parts") else ""
     return finding["verdict"] + place + (f": {reason}" if reason.startswith(OF_SIZE) else "")
 

@@ -13,6 +13,8 @@ from peftscope.analysis.collect import read_runs
 from peftscope.analysis.stats import Interval, mean_interval
 from peftscope.layout import results_folder
 from peftscope.methods import METHODS
+from peftscope.planning.cells import ARM
+from peftscope.planning.experiment import A_A
 from peftscope.spec import RunSpec, start_without_seed
 from peftscope.words import GIB, MIB, formatted, interval, percent, plain
 
@@ -89,6 +91,8 @@ def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 def method_summary(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns the summary of the grid and of single runs, which the comparison of methods shows."""
     chosen = pooled(runs[runs["comparisons"].str.contains(r"\b(?:grid|runs)\b")])
+    is_again = chosen["comparisons"].str.contains(rf"\b{ARM}\S+{A_A}\b")
+    chosen = chosen.assign(label=chosen["label"].mask(is_again, chosen["label"] + " against itself (A/A)"))
     return summarise(chosen, ["label", *factors_within_methods(chosen)]) if len(chosen) else pd.DataFrame()
 
 

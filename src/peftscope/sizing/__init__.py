@@ -1,1 +1,1 @@
-"""What people ask about memory: what fits on a card, why runs differ, what failed, and what a trainer's file takes."""
+"""What people ask about memory and time: what fits, how long, why runs differ, what failed, and a trainer's file."""

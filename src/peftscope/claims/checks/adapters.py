@@ -110,14 +110,9 @@ def start_shift(variant: str) -> Measurement:
 
 
 def distance_from_normal(init: bool | str, rank: int, inputs: int) -> Measurement:
-    """Returns the Kolmogorov–Smirnov distance of a fresh A to the normal distribution of the same spread.
+    """Returns the Kolmogorov–Smirnov distance of a fresh A (rank × inputs) to the normal one of the same spread.
 
     The bounds are those of a sample's distance to its distribution (Dvoretzky, Kiefer and Wolfowitz; Massart 1990).
-
-    Args:
-        init: PEFT's ``init_lora_weights``.
-        rank: The rows of A.
-        inputs: The columns of A.
     """
     layers = {r: lora_layer(inputs, 16, rank=r, init_lora_weights=init) for r in (1, rank, 64)}
     values = {r: factor_of(layer, "A").detach().flatten() for r, layer in layers.items()}

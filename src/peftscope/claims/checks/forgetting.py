@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from statistics import fmean
 
-from peftscope.analysis.forgetting import curves, frontier, less_at_equal_loss, matched_rises
-from peftscope.analysis.stats import of_trimmed_means, trimmed_mean
+import pandas as pd
+
+from peftscope.analysis.compare import lowest_mean
+from peftscope.analysis.forgetting import curves, frontier, less_at_equal_loss, matched
+from peftscope.analysis.stats import jackknife, trimmed_mean
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds
 
@@ -20,21 +23,20 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
     """
     results = StudyResults(study)
     runs, other = results.arm_runs(arm), results.arm_runs(against)
-    mine, theirs = dict(curves(results, runs)), dict(curves(results, other))
-    matched = {seed: matched_rises(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())}
-    if not matched:
+    at_best = matched(results, runs, other)
+    if at_best.empty:
         raise NotRunError(f"the study `{study}` has no pair of runs that scored prose along the training")
-    losses, firsts, seconds = zip(*matched.values(), strict=True)
-    ends = [float(theirs[seed]["rise"].iloc[-1] - mine[seed]["rise"].iloc[-1]) for seed in matched]
+    mine, theirs = dict(curves(results, runs)), dict(curves(results, other))
+    ends = [float(theirs[seed]["rise"].iloc[-1] - mine[seed]["rise"].iloc[-1]) for seed in at_best.index]
     evidence: dict[str, Quantity] = {
-        "matched loss on the task, nats per token": fmean(losses),
-        f"rise on prose there, {arm}": results.mean_of(arm, against)(firsts),
-        f"rise on prose there, {against}": results.mean_of(arm, against)(seconds),
+        "matched loss on the task, nats per token": fmean(at_best["at"]),
+        f"rise on prose there, {arm}": results.mean_of(arm, against)(list(at_best["first"])),
+        f"rise on prose there, {against}": results.mean_of(arm, against)(list(at_best["second"])),
         "difference at the end of the training": results.mean_of(arm, against)(ends),
         "runs that diverged": int(runs["status"].eq("diverged").sum() + other["status"].eq("diverged").sum()),
     }
-    sample = less_at_equal_loss(results, arm, against)
-    return over_seeds(results, sample, evidence, (*runs["run_id"], *other["run_id"]))
+    sample, error = less_at_equal_loss(results, arm, against)
+    return over_seeds(results, sample, evidence, (*runs["run_id"], *other["run_id"]), error)
 
 
 def ratio_at_equal_shift(study: str, arm: str, against: str, at_lowest: bool = False) -> Measurement:
@@ -47,16 +49,17 @@ def ratio_at_equal_shift(study: str, arm: str, against: str, at_lowest: bool = F
         at_lowest: Whether the first arm is at the lowest of its rates, in place of the best.
     """
     results = StudyResults(study)
-    runs = [results.arm_runs(name) for name in (arm, against)]
-    if at_lowest:
-        tried = results.rate_runs(arm)
-        runs[0] = tried[tried["learning_rate"] == tried["learning_rate"].min()]
-    mine, theirs = (dict(curves(results, of_arm)) for of_arm in runs)
-    all_kept = all(curve["nearness"].notna().all() for curve in (*mine.values(), *theirs.values()))
-    if not all_kept or not (seeds := mine.keys() & theirs.keys()):
+    tried = results.rate_runs(arm)
+    lowest = tried[tried["learning_rate"] == tried["learning_rate"].min()]
+
+    def at(runs: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+        return matched(results, lowest if at_lowest else runs, other, "nearness")
+
+    runs = [lowest if at_lowest else results.arm_runs(arm), results.arm_runs(against)]
+    found = at(*runs)
+    if found.empty:
         raise NotRunError(f"the study `{study}` has no pairs of runs that all kept the shift of their answers")
-    matched = [matched_rises(mine[seed], theirs[seed], "nearness") for seed in sorted(seeds)]
-    nearness, firsts, seconds = zip(*matched, strict=True)
+    nearness, firsts, seconds = (list(found[name]) for name in found)
     if trimmed_mean(seconds) <= 0:
         raise NotRunError(f"`{against}` has forgotten nothing there that could be compared with")
     evidence: dict[str, Quantity] = {
@@ -65,8 +68,8 @@ def ratio_at_equal_shift(study: str, arm: str, against: str, at_lowest: bool = F
         f"rise on prose there, {against}": trimmed_mean(seconds),
         "runs that diverged": sum(int(of_arm["status"].eq("diverged").sum()) for of_arm in runs),
     }
-    sample = of_trimmed_means(float.__truediv__, firsts, seconds)
-    return over_seeds(results, sample, evidence, (run for of_arm in runs for run in of_arm["run_id"]))
+    sample, error = results.beside_loss(arm, against, at, float.__truediv__)
+    return over_seeds(results, sample, evidence, (run for of_arm in runs for run in of_arm["run_id"]), error)
 
 
 def least_forgotten(study: str, arm: str, against: str) -> Measurement:
@@ -77,8 +80,12 @@ def least_forgotten(study: str, arm: str, against: str) -> Measurement:
     """
     results = StudyResults(study)
     along = frontier(results, (arm, against))
-    gaps = {loss: (theirs - mine).dropna() for loss, (mine, theirs) in along.items()}
-    means = {loss: float(gap.mean()) for loss, gap in gaps.items()}
+
+    def gap(mine: list[list[float]], theirs: list[list[float]]) -> list[float]:
+        return jackknife(lambda kept: lowest_mean(theirs, kept) - lowest_mean(mine, kept), len(mine[0]))
+
+    gaps = {loss: gap(*sides) for loss, sides in along.items()}
+    means = {loss: fmean(values) for loss, values in gaps.items()}
     sign = 1 if sum(means.values()) > 0 else -1
     shown = min(means, key=lambda loss: sign * means[loss])
     evidence: dict[str, Quantity] = {"loss on the task, nats per token": shown}
@@ -86,6 +93,7 @@ def least_forgotten(study: str, arm: str, against: str) -> Measurement:
     runs = (run for name in (arm, against) for run in results.rate_runs(name)["run_id"])
     found = over_seeds(results, gaps[shown], evidence, runs)
     by_arm = {
-        name: {loss: float(rises[i].mean()) for loss, rises in along.items()} for i, name in enumerate((arm, against))
+        name: {loss: lowest_mean(sides[i], range(len(sides[i][0]))) for loss, sides in along.items()}
+        for i, name in enumerate((arm, against))
     }
     return replace(found, curves=by_arm, axes=("loss on the task, nats per token", "rise on prose, bits per byte"))

@@ -41,14 +41,7 @@ Run = dict[str, Any]
 
 
 def at_peak(kinds: list[str], run: Run, model: str = MODEL, how: How = "simulation") -> Measurement:
-    """Returns the GB of some kinds of tensors at the peak of a training step.
-
-    Args:
-        kinds: Some of ``peftscope.memory.trace.KINDS``.
-        run: The options of the run.
-        model: The base model.
-        how: By simulation or in closed form.
-    """
+    """Returns the GB of some of ``peftscope.memory.trace.KINDS`` at the peak of a training step."""
     answer = _answer(model, run, how)
     return Measurement(sum(_parts(answer).get(kind, 0) for kind in kinds) / GB, evidence=_evidence(answer), model=model)
 
@@ -92,12 +85,7 @@ def free(gpu: str, run: Run, model: str = MODEL, how: How = "simulation") -> Mea
 def fewest_cards(gpu: str, regimes: dict[str, Run], run: Run, model: str = MODEL, headroom: float = 0) -> Measurement:
     """Returns the fewest cards that hold a run in any of the regimes, with everything sharded as in FSDP and ZeRO-3.
 
-    Args:
-        gpu: The card.
-        regimes: The options in which regimes differ, by the regime's name.
-        run: The options that all regimes share.
-        model: The base model.
-        headroom: The share of each card that stays free.
+    The share ``headroom`` of each card stays free.
     """
     capacity = (1 - headroom) * find_gpu(gpu).memory_bytes
     counts: dict[str, int] = {}

@@ -206,12 +206,7 @@ def gain_lost(
 
     The adapter learns random tokens by heart, 12 in a sequence. What it has learned is the fall of their loss from the
     untouched 4-bit base to the adapter apart. The 16-bit base has the weights before they were quantised.
-
-    Args:
-        into: The weights into which the adapter is merged.
-        batches: The numbers of sequences that it learns, each apart; the one counts of which most is lost.
-        steps: The training steps, with AdamW.
-        rate: The learning rate.
+    AdamW trains for ``steps``.
     """
     losses = {batch: dict(_merged_losses(batch, steps, rate)) for batch in batches}
     lost = {

@@ -24,13 +24,7 @@ DOUBLE = "nf4 with double quantization"
 
 
 def loss_added_by_rivals(model: str, code: str, rivals: Sequence[str]) -> Measurement:
-    """Returns by how much more the nearest rival raises a language model's loss on prose than a code does, in nats.
-
-    Args:
-        model: The model whose linear weights inside the blocks are rounded.
-        code: The name of a ``CodeBook``.
-        rivals: The codes to compare with.
-    """
+    """Returns by how much more the nearest rival raises a language model's loss on prose than a code does, in nats."""
     return _added(_losses, model, code, rivals, "loss", (UNTOUCHED,))
 
 

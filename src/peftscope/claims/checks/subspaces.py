@@ -23,13 +23,6 @@ def intrinsic_dimension(
     rate of an arm next to it lies at an end of its list. The bootstrap draws the losses' seeds anew from the residuals
     of all arms, and an error of each arm's learning rate with them.
 
-    Args:
-        study: The study's experiment.
-        arms: Arms of random subspaces, in ascending order of their dimension.
-        against: The arm of full fine-tuning.
-        share: The share of its gain.
-        over: What gains are counted from.
-
     Source: Aghajanyan et al. 2020, arXiv 2012.13255, section 3.1, where the share is 0.9.
     """
     results = StudyResults(study)

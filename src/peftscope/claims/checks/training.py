@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 
 from peftscope.analysis.collect import paired
 from peftscope.analysis.compare import compare
-from peftscope.analysis.exact_match import exact_matches, has_whole_split, points
+from peftscope.analysis.exact_match import ACCURACY, GREEDY, exact_match, has_whole_split, points
 from peftscope.analysis.stats import CONFIDENCE, mean_interval, sign_flip_p, trimmed_mean
 from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults
 from peftscope.claims.measurement import POINTS, WITHIN, Measurement, NotRunError, Quantity, over_seeds, runs_of
@@ -127,16 +127,15 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
     found = _over_seeds(results, differences, evidence, runs_of(results, arm, against), error)
-    if has_whole_split(results, arm, against) and (more := mean_interval(points(results, arm, against))):
+    if has_whole_split(results, arm, against) and (more := mean_interval(*points(results, arm, against))):
         told = interval(more.mean, more.low, more.high, lambda value: signed(value, ".1f"))
         found = replace(found, evidence={**found.evidence, POINTS: told})
-    is_tuned = results.rate(arm).is_tuned and results.rate(against).is_tuned
-    return replace(found, p_adjusted=results.corrected_p(arm, against), matters=MARGIN * is_tuned)
+    return replace(found, p_adjusted=results.corrected_p(arm, against), matters=_matters(results, arm, against))
 
 
-def _means(both: pd.DataFrame, first: str, second: str) -> dict[str, Quantity]:
-    """Returns the means of pairs under two names."""
-    return {first: float(both["first"].mean()), second: float(both["second"].mean())}
+def _matters(results: StudyResults, *arms: str) -> float:
+    """Returns what matters, as a share of the task gain, where each of some arms ran at several rates, and else 0."""
+    return MARGIN * all(results.rate(arm).is_tuned for arm in arms)
 
 
 def _doubts(results: StudyResults, *arms: str) -> dict[str, Quantity]:
@@ -211,9 +210,11 @@ def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
     A run that diverged counts with the exact match of the untouched base.
     """
     results = StudyResults(study)
-    both = exact_matches(results, arm, against)
-    evidence = _means(both, f"exact match of {arm}, %", f"exact match of {against}, %")
-    return _over_seeds(results, points(results, arm, against), evidence, runs_of(results, arm, against))
+    column = GREEDY if has_whole_split(results, arm, against) else ACCURACY
+    means = [100 * results.mean_of(one)(list(exact_match(results, one, column)[column])) for one in (arm, against)]
+    evidence = {f"exact match of {one}, %": mean for one, mean in zip((arm, against), means, strict=True)}
+    more, error = points(results, arm, against)
+    return _over_seeds(results, more, evidence, runs_of(results, arm, against), error)
 
 
 def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measurement:
@@ -283,12 +284,14 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
     A better start counts as well as faster learning.
     """
     results = StudyResults(study)
-    mine, other = results.arm_runs(arm), results.arm_runs(against)
-    both = paired(mine, other, results.losses["nll_nats_per_token"].groupby("run_id").mean())
-    evidence = _means(both, f"mean loss of {arm}", f"mean loss of {against}")
-    differences = (both["second"] - both["first"]) / results.task_gain
-    error = results.tuning_error(arm, against) / results.task_gain
-    return _over_seeds(results, differences, evidence, (*mine["run_id"], *other["run_id"]), error)
+    means = results.losses["nll_nats_per_token"].groupby("run_id").mean()
+    of_runs = {one: results.arm_runs(one)["run_id"].map(means) for one in (arm, against)}
+    evidence = {f"mean loss of {one}": results.mean_of(one)(list(values)) for one, values in of_runs.items()}
+    higher, of_rates = results.beside_loss(arm, against, lambda mine, other: paired(mine, other, means))
+    error = math.hypot(of_rates, results.tuning_error(arm, against)) / results.task_gain
+    runs = runs_of(results, arm, against)
+    found = _over_seeds(results, [-value / results.task_gain for value in higher], evidence, runs, error)
+    return replace(found, matters=_matters(results, arm, against))
 
 
 def _over_seeds(
