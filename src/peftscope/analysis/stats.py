@@ -53,9 +53,8 @@ def mean_interval(values: Sequence[float], error: float = 0.0) -> Interval | Non
     if np.ptp(sample) == 0 and not error:
         return Interval(mean, None, None, int(sample.size))
     # This computes the quantile directly: scipy's distributions spend ten times as long on checking arguments.
-    reach = special.stdtrit(sample.size - 1, (1 + CONFIDENCE) / 2) * math.hypot(
-        sample.std(ddof=1) / math.sqrt(sample.size), error
-    )
+    quantile = special.stdtrit(sample.size - 1, (1 + CONFIDENCE) / 2)
+    reach = math.hypot(quantile * sample.std(ddof=1) / math.sqrt(sample.size), quantile * error)
     return Interval(mean, float(mean - reach), float(mean + reach), int(sample.size))
 
 

@@ -133,16 +133,18 @@ def stored_gigabytes(values: float, storage: str) -> Measurement:
     return Measurement(size * values / GB, evidence={"bits per weight": 8 * size, "kept as": str(stored.dtype)})
 
 
-def average_bits(preset: str) -> Measurement:
+def average_bits(preset: str, rest: str = "bfloat16") -> Measurement:
     """Returns the bits per parameter of a model in NF4, including the weights that are not quantised.
 
-    Every linear layer except its head is quantised, as in transformers, and block constants too; the rest is bf16.
+    Args:
+        preset: The model. Every linear layer except its head is quantised, as in transformers, and block constants too.
+        rest: The torch dtype of all other weights.
     """
     model = meta_model(preset)
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
     quantised = sum(module.weight.numel() for module in linears)
     others = _count(model) - quantised
-    bits = quantised * (4 + (8 + 32 / SECOND_BLOCK) / BLOCK) + 8 * torch.bfloat16.itemsize * others
+    bits = quantised * (4 + (8 + 32 / SECOND_BLOCK) / BLOCK) + 8 * getattr(torch, rest).itemsize * others
     evidence = {
         "quantised weights": quantised,
         "other weights": others,
