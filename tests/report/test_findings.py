@@ -23,6 +23,7 @@ from peftscope.report.deciding import what_would_decide
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import MOST_SURPRISES, show_claims, show_study
 from peftscope.report.page import ANSWERS
+from peftscope.report.spoken import spoken_verdict
 from peftscope.words import spoken_time
 
 TOPIC = {"title": "One topic", "claims": ["S34"], "larger": "More.", "papers": "Other."}
@@ -143,6 +144,7 @@ def test_every_open_or_not_run_claim_says_what_would_decide_it_and_at_what_price
     price = re.compile(r"\d+ (s|min|h|seeds)\b|hours?\b|minutes?\b")
     for name, finding in findings.items():
         assert bool(price.search(said[name])) == (finding["verdict"] in ("open", "not run")), (name, said[name])
+    assert spoken_verdict(findings["S87"]) == "not run in full"  # what its first words say is no reason for that
     runs = pd.read_csv(repository / "results/published/variants/runs.csv")
     arms = runs[runs["comparisons"].fillna("").str.contains(r"\barm-lora-plus(?:\s|$)")]
     assert f"{2 * len(arms)} runs, {spoken_time(arms['wall_seconds'].sum())}" in said["S85"]

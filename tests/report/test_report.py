@@ -21,7 +21,7 @@ from peftscope.planning.plan import Plan
 from peftscope.planning.sweep import expand
 from peftscope.record import Memory, PhaseMemory, RunRecord, Timing
 from peftscope.report import tables
-from peftscope.report.looks import LOOKS, SAFE_COLOURS, arm_looks
+from peftscope.report.looks import LOOKS, SAFE_COLOURS, arm_looks, looks
 from peftscope.report.page import write_all
 from peftscope.report.plots import draw_figure, draw_memory, draw_pareto, draw_throughput
 from peftscope.report.publish import publish
@@ -165,6 +165,8 @@ def test_a_method_looks_the_same_in_every_figure() -> None:
     assert {look.colour for look in LOOKS.values()} <= set(SAFE_COLOURS)
     drawn = arm_looks({"lora": "LoRA", "r64": "LoRA, r64", "plus": "LoRA+"})
     assert (drawn["lora"], drawn["plus"]) == (LOOKS["lora"], LOOKS["lora-plus"]) and drawn["r64"] not in LOOKS.values()
+    again = looks({"base": "base", "lora": "LoRA", "a-a": "LoRA against itself (A/A)"})["a-a"]
+    assert again not in LOOKS.values() and again.colour == LOOKS["none"].colour
 
 
 def test_speeds_and_curves_stand_at_the_names_of_their_own() -> None:

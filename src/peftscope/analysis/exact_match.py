@@ -31,7 +31,7 @@ def has_whole_split(study: StudyResults, *arms: str) -> bool:
     return all(exact_match(study, arm, GREEDY)[GREEDY].notna().any() for arm in arms)
 
 
-def points(study: StudyResults, arm: str, against: str, column: str = "") -> tuple[list[float], float]:
+def points(study: StudyResults, arm: str, against: str, column: str = "") -> list[float]:
     """Returns how many more points of exact match, or of another score, an arm has than another; see ``beside_loss``.
 
     It is that of the whole test split if both were judged on it, and otherwise of the answers that were generated.

@@ -57,7 +57,7 @@ def matched(study: StudyResults, runs: pd.DataFrame, other: pd.DataFrame, by: st
     return pd.DataFrame.from_dict(found, orient="index", columns=["at", "first", "second"], dtype=float)
 
 
-def less_at_equal_loss(study: StudyResults, arm: str, against: str) -> tuple[list[float], float]:
+def less_at_equal_loss(study: StudyResults, arm: str, against: str) -> list[float]:
     """Returns how much less an arm has forgotten than another where both have the same loss; see ``beside_loss``."""
     return study.beside_loss(arm, against, lambda *sides: matched(study, *sides), lambda mine, theirs: theirs - mine)
 
@@ -66,7 +66,7 @@ def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[list[
     """Returns for some losses on the task the rise on prose of each arm there, a list by seed for each of its rates.
 
     The losses are a factor of √2 apart, from the lowest that every arm reaches to four times that. A rate counts where
-    all its seeds reach the loss. The seeds are those of all arms.
+    all its seeds reach the loss. The seeds are those that all arms have.
 
     Raises:
         InputError: The study did not score prose along its training, or a seed diverged at every rate of an arm.

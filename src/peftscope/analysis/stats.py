@@ -34,10 +34,8 @@ class Interval:
     n: int
 
 
-def mean_interval(values: Sequence[float], error: float = 0.0) -> Interval | None:
+def mean_interval(values: Sequence[float]) -> Interval | None:
     """Returns the mean of the values with its 95 % Student t interval, or None if there are no values.
-
-    The interval includes another standard ``error``, if there is one.
 
     >>> interval = mean_interval([1.0, 2.0, 3.0])
     >>> round(interval.low, 3), interval.mean, round(interval.high, 3)
@@ -50,11 +48,11 @@ def mean_interval(values: Sequence[float], error: float = 0.0) -> Interval | Non
     if sample.size == 0:
         return None
     mean = float(sample.mean())
-    if np.ptp(sample) == 0 and not error:
+    if np.ptp(sample) == 0:
         return Interval(mean, None, None, int(sample.size))
     # This computes the quantile directly: scipy's distributions spend ten times as long on checking arguments.
     quantile = special.stdtrit(sample.size - 1, (1 + CONFIDENCE) / 2)
-    reach = math.hypot(quantile * sample.std(ddof=1) / math.sqrt(sample.size), quantile * error)
+    reach = quantile * sample.std(ddof=1) / math.sqrt(sample.size)
     return Interval(mean, float(mean - reach), float(mean + reach), int(sample.size))
 
 
@@ -98,6 +96,22 @@ def of_trimmed_means(estimate: Callable[..., float], *sides: Sequence[float]) ->
     [4.0, 8.0]
     """
     return jackknife(lambda kept: estimate(*(trimmed_mean([side[i] for i in kept]) for side in sides)), len(sides[0]))
+
+
+def widened(values: Sequence[float], error: float) -> list[float]:
+    """Returns values of the same mean, whose standard error has another ``error`` of that mean in it.
+
+    Both fall with the number of values. Values that are all the same are spread evenly.
+
+    >>> widened([1.0, 2.0, 3.0], 1.0), widened([2.0, 2.0, 2.0], 1.0)
+    ([0.0, 2.0, 4.0], [0.2679491924311228, 2.0, 3.732050807568877])
+    """
+    import numpy as np
+
+    sample = np.asarray(values)
+    mean, spread = sample.mean(), sample.std(ddof=1)
+    apart = sample - mean if spread else np.linspace(-1, 1, sample.size)
+    return (mean + apart * math.hypot(spread, error * math.sqrt(sample.size)) / apart.std(ddof=1)).tolist()
 
 
 def edits(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -22,7 +22,7 @@ import pandas as pd
 
 from peftscope.analysis.collect import failures, read_runs
 from peftscope.analysis.compare import Difference, compare, pair_values
-from peftscope.analysis.stats import holm, of_trimmed_means, trimmed_mean
+from peftscope.analysis.stats import holm, of_trimmed_means, trimmed_mean, widened
 from peftscope.analysis.tuning import Rate, mean_or_none
 from peftscope.errors import InputError, Problem
 from peftscope.layout import folder_with, how_to_run
@@ -393,13 +393,12 @@ class StudyResults:
         against: str,
         measured: Callable[[pd.DataFrame, pd.DataFrame], pd.DataFrame],
         combine: Callable[[float, float], float] = float.__sub__,
-    ) -> tuple[list[float], float]:
+    ) -> list[float]:
         """Returns how an arm compares with another in what is measured beside the loss, at the best rate of each.
 
-        Returns:
-            A value for each seed; where one of them ran at several rates, those of a jackknife over trimmed means. And
-            the standard error that the choice of rates adds: how the result spreads over the rates that have the lowest
-            loss when seeds are drawn anew. Rates at which it was not measured are left out of that.
+        That is a value for each seed. Where one of them ran at several rates, it is of a jackknife over trimmed means,
+        and further from the mean by what the choice of rates adds: how the result spreads over the rates that have the
+        lowest loss when seeds are drawn anew. Rates at which it was not measured are left out of that.
 
         Args:
             measured: Gives the values of both arms by seed, as ``first`` and ``second``, from their runs at a rate of
@@ -414,16 +413,17 @@ class StudyResults:
             found = measured(*(table[table["learning_rate"] == rate] for table, rate in zip(runs, rates, strict=True)))
             return [list(side) for _, side in found.reindex(common)[["first", "second"]].dropna().items()]
 
+        by_rate = [list(zip(table.columns, table.loc[common].to_numpy().T, strict=True)) for table in losses]
+
         def best(drawn: np.ndarray) -> tuple[float, ...]:
-            by_rate = (table.loc[common].iloc[drawn].items() for table in losses)
-            return tuple(min((trimmed_mean(values.tolist()), rate) for rate, values in each)[1] for each in by_rate)
+            return tuple(min((trimmed_mean(of[drawn].tolist()), rate) for rate, of in each)[1] for each in by_rate)
 
         sides, n = at(*best(np.arange(len(common)))), len(common)
         if not self.has_several_rates(arm, against) or len(sides[0]) < 2:
-            return list(map(combine, *sides)), 0.0
+            return list(map(combine, *sides))
         draws = Counter(best(drawn) for drawn in np.random.default_rng(0).integers(n, size=(DRAWS, n)))
         spread = [combine(*map(trimmed_mean, at(*rates))) for rates in draws.elements() if at(*rates)[0]]
-        return of_trimmed_means(combine, *sides), float(np.std(spread))
+        return widened(of_trimmed_means(combine, *sides), float(np.std(spread)))
 
     @cached_property
     def losses(self) -> pd.DataFrame:

@@ -62,7 +62,8 @@ def compare(
     if margin is not None:
         number_and_unit(margin, "--margin")
     if base is not None and not (margin or "").strip().endswith("%gain"):
-        raise InputError(Problem("--base", "goes with a margin in %gain only", "leave it out, or take 2.5%gain"))
+        remedy = "leave it out, or give --margin 2.5%gain"
+        raise InputError(Problem("--base", "goes with a margin in %gain only", remedy))
     if a == b:
         raise InputError(Problem("B", f"is A itself (got {b!r})", "name what A is compared with"))
     first, second = (read_scores(text, metric) for text in (a, b))

@@ -82,7 +82,7 @@ def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
     }
     if difference.n >= FEWEST_FOR_BOOTSTRAP:
         row["bootstrap_low"], row["bootstrap_high"] = bootstrap_interval(sample)
-    if (accuracy := mean_interval(*points(study, arm, against, ARGMAX if symbols else ""))) is not None:
+    if (accuracy := mean_interval(points(study, arm, against, ARGMAX if symbols else ""))) is not None:
         row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
         row["is_whole_split"] = bool(symbols) or has_whole_split(study, arm, against)
         row |= {"points_of": "argmax tokens"} if symbols else {}
@@ -147,7 +147,7 @@ def tuning(study: StudyResults) -> pd.DataFrame:
     """Returns one row per arm and rate on the seeds of the study: its held-out losses, and whether it is the best.
 
     Of a task whose answers are lists of symbols, it has the shares of the tokens that are the argmax and of the symbols
-    that are wrong, means as those of the losses are, without runs that diverged.
+    that are wrong, without runs that diverged, and without the best and the worst seed of an arm at several rates.
     """
     rows, symbols = [], symbols_of(study.table["task"].iloc[0])
     scores = {"argmax_tokens": ARGMAX, f"wrong_{symbols}": WRONG_SYMBOLS} if symbols else {}

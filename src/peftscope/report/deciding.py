@@ -98,7 +98,9 @@ def _further_seeds(part: dict[str, Any]) -> str:
     pairs = re.search(r"about (\d+) pairs", part["reason"])
     if not pairs or not part["run_ids"]:
         return ""
-    runs = StudyResults(part["with"]["study"]).table.set_index("run_id").reindex(part["run_ids"])["wall_seconds"]
+    study = StudyResults(part["with"]["study"])
+    arms = [arm for arm in arms_named_in(part["with"]) if arm in study.arms]
+    runs = pd.concat([study.rate_runs(arm) for arm in arms])["wall_seconds"]
     more = int(pairs[1]) - part["n"]
     world = f" on {part['model']}" if part.get("elsewhere") else ""
     return f"{more} further seeds{world}, {spoken_time(more * float(runs.sum()) / part['n'] / RUNS_AT_ONCE)}"

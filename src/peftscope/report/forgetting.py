@@ -55,6 +55,6 @@ def forgetting_sentence(experiment: str) -> str:
 
 def _at_equal_loss(study: StudyResults) -> str:
     other = study.whole
-    less = {arm: less_at_equal_loss(study, arm, other)[0] for arm in study.arms if arm != other}
+    less = {arm: less_at_equal_loss(study, arm, other) for arm in study.arms if arm != other}
     said = ", ".join(f"{signed(0.0 - fmean(each), '.3f')} ({study.labels[arm]})" for arm, each in less.items() if each)
     return f" At the same loss on the task, the difference from {study.labels[other]} is {said}." if said else ""

@@ -132,9 +132,10 @@ def show_study(experiment: str) -> None:
     drawn = Path("figures", "differences.svg")
     if settings is None or not ((study := StudyResults(experiment)).folder / drawn).is_file():
         return
-    facts, figure = study_facts(study, settings), PUBLISHED_RESULTS / experiment / drawn
+    said = study_sentences(study_facts(study, settings)).get("differences")
+    figure = PUBLISHED_RESULTS / experiment / drawn
     report = PUBLISHED_REPORTS / experiment / "report.html"
-    shown = f"![{study_sentences(facts)['differences']}]({figure})\n[The report of this study]({report})\n"
+    shown = f"![{said}]({figure})\n[The report of this study]({report})\n" if said else ""
     _show(f"<!-- study:{experiment} -->\n", shown, "<!-- /study -->")
 
 

@@ -61,7 +61,8 @@ def looks(labels: Mapping[str, str]) -> dict[str, Look]:
     known = {cls.label: LOOKS[name] for name, cls in METHODS.items() if name in LOOKS}
     found = {}
     for number, label in enumerate(dict.fromkeys(labels.values())):
-        own = known.get(label) or Look(SAFE_COLOURS[number % len(SAFE_COLOURS)], MARKERS[number % len(MARKERS)])
+        plain = Look(SAFE_COLOURS[number % len(SAFE_COLOURS)], MARKERS[number % len(MARKERS)])
+        own = Look(GREY, "o") if label.endswith("(A/A)") else known.get(label, plain)
         names = [name for name, of in labels.items() if of == label]
         markers = [own.marker, *(marker for marker in MARKERS if marker != own.marker)]
         for place, name in enumerate(names):

@@ -191,7 +191,8 @@ def _trained(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         return methods, methods
     methods = tables.with_peaks(methods.assign(label=tables.variants(methods)))
     is_base = methods["label"].str.startswith("base")
-    return methods[~is_base].dropna(subset=["heldout_nll", "peak"]), methods[is_base]
+    counts = ~is_base & ~methods["label"].str.contains("(A/A)", regex=False)
+    return methods[counts].dropna(subset=["heldout_nll", "peak"]), methods[is_base]
 
 
 def _extremes(methods: pd.DataFrame) -> tuple[tuple[str, str], tuple[str, str]]:

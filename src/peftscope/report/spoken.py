@@ -129,7 +129,8 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     if finding["verdict"] == Verdict.NOT_RUN:
         place = " in full" if any(part["found"] is not None for part in deciding(finding)) else ""
     reason = (key_part(finding) or {}).get("reason", "") if finding.get("parts") else ""
-    return finding["verdict"] + place + (f": {reason}" if reason.startswith(OF_SIZE) else "")
+    is_told = finding["verdict"] != Verdict.NOT_RUN and reason.startswith(OF_SIZE)
+    return finding["verdict"] + place + (f": {reason}" if is_told else "")
 
 
 def spoken_worlds(worlds: Iterable[str]) -> str:

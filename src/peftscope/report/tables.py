@@ -89,11 +89,15 @@ def summarise(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def method_summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the summary of the grid and of single runs, which the comparison of methods shows."""
+    """Returns the summary of the grid and of single runs, which the comparison of methods shows.
+
+    Runs that set an arm against itself have rows of their own.
+    """
     chosen = pooled(runs[runs["comparisons"].str.contains(r"\b(?:grid|runs)\b")])
+    factors = factors_within_methods(chosen)
     is_again = chosen["comparisons"].str.contains(rf"\b{ARM}\S+{A_A}\b")
     chosen = chosen.assign(label=chosen["label"].mask(is_again, chosen["label"] + " against itself (A/A)"))
-    return summarise(chosen, ["label", *factors_within_methods(chosen)]) if len(chosen) else pd.DataFrame()
+    return summarise(chosen, ["label", *factors]) if len(chosen) else pd.DataFrame()
 
 
 def pooled(runs: pd.DataFrame) -> pd.DataFrame:

@@ -57,7 +57,7 @@ def _answers(study: StudyResults) -> Iterator[dict[str, Any]]:
             yield {"question": question, "ahead": scale * found.mean, "low": low, "high": high}
     for question, arms in FORGETS_LESS.items():
         with suppress(InputError):
-            less = mean_interval(*less_at_equal_loss(study, *arms))
+            less = mean_interval(less_at_equal_loss(study, *arms))
             if less and less.low is not None:
                 yield {"question": question, "ahead": less.mean, "low": less.low, "high": less.high}
 

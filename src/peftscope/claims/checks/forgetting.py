@@ -35,15 +35,16 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
         "difference at the end of the training": results.mean_of(arm, against)(ends),
         "runs that diverged": int(runs["status"].eq("diverged").sum() + other["status"].eq("diverged").sum()),
     }
-    sample, error = less_at_equal_loss(results, arm, against)
-    return over_seeds(results, sample, evidence, (*runs["run_id"], *other["run_id"]), error)
+    sample = less_at_equal_loss(results, arm, against)
+    return over_seeds(results, sample, evidence, (*runs["run_id"], *other["run_id"]))
 
 
 def ratio_at_equal_shift(study: str, arm: str, against: str, at_lowest: bool = False) -> Measurement:
     """Returns what an arm has forgotten over what another has where both have moved their answers as far from the base.
 
     That is the largest shift that both reach along the training; see ``evaluation.heldout`` and ``less_forgotten``.
-    Both run at several rates, and what they have forgotten are means without the lowest and the highest seed.
+    Both run at several rates, and what they have forgotten are means without the lowest and the highest seed. Runs that
+    kept no shift are left out.
 
     Args:
         at_lowest: Whether the first arm is at the lowest of its rates, in place of the best.
@@ -58,7 +59,7 @@ def ratio_at_equal_shift(study: str, arm: str, against: str, at_lowest: bool = F
     runs = [lowest if at_lowest else results.arm_runs(arm), results.arm_runs(against)]
     found = at(*runs)
     if found.empty:
-        raise NotRunError(f"the study `{study}` has no pairs of runs that all kept the shift of their answers")
+        raise NotRunError(f"the study `{study}` has no pair of runs that both kept the shift of their answers")
     nearness, firsts, seconds = (list(found[name]) for name in found)
     if trimmed_mean(seconds) <= 0:
         raise NotRunError(f"`{against}` has forgotten nothing there that could be compared with")
@@ -68,8 +69,8 @@ def ratio_at_equal_shift(study: str, arm: str, against: str, at_lowest: bool = F
         f"rise on prose there, {against}": trimmed_mean(seconds),
         "runs that diverged": sum(int(of_arm["status"].eq("diverged").sum()) for of_arm in runs),
     }
-    sample, error = results.beside_loss(arm, against, at, float.__truediv__)
-    return over_seeds(results, sample, evidence, (run for of_arm in runs for run in of_arm["run_id"]), error)
+    sample = results.beside_loss(arm, against, at, float.__truediv__)
+    return over_seeds(results, sample, evidence, (run for of_arm in runs for run in of_arm["run_id"]))
 
 
 def least_forgotten(study: str, arm: str, against: str) -> Measurement:

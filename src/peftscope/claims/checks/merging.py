@@ -205,8 +205,8 @@ def gain_lost(
     """Returns the largest share of what a QLoRA adapter has learned that is lost when PEFT merges it.
 
     The adapter learns random tokens by heart, 12 in a sequence. What it has learned is the fall of their loss from the
-    untouched 4-bit base to the adapter apart. The 16-bit base has the weights before they were quantised.
-    AdamW trains for ``steps``.
+    untouched 4-bit base to the adapter apart. The 16-bit base has the weights before they were quantised. ``batches``
+    are numbers of sequences, each learned apart. AdamW trains for ``steps``.
     """
     losses = {batch: dict(_merged_losses(batch, steps, rate)) for batch in batches}
     lost = {

@@ -127,7 +127,7 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
     found = _over_seeds(results, differences, evidence, runs_of(results, arm, against), error)
-    if has_whole_split(results, arm, against) and (more := mean_interval(*points(results, arm, against))):
+    if has_whole_split(results, arm, against) and (more := mean_interval(points(results, arm, against))):
         told = interval(more.mean, more.low, more.high, lambda value: signed(value, ".1f"))
         found = replace(found, evidence={**found.evidence, POINTS: told})
     return replace(found, p_adjusted=results.corrected_p(arm, against), matters=_matters(results, arm, against))
@@ -211,10 +211,10 @@ def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
     """
     results = StudyResults(study)
     column = GREEDY if has_whole_split(results, arm, against) else ACCURACY
-    means = [100 * results.mean_of(one)(list(exact_match(results, one, column)[column])) for one in (arm, against)]
-    evidence = {f"exact match of {one}, %": mean for one, mean in zip((arm, against), means, strict=True)}
-    more, error = points(results, arm, against)
-    return _over_seeds(results, more, evidence, runs_of(results, arm, against), error)
+    scores = 100 * paired(*(exact_match(results, one, column) for one in (arm, against)), column)
+    evidence = {f"exact match of {one}, %": mean for one, mean in _means(results, arm, against, scores).items()}
+    more = points(results, arm, against)
+    return _over_seeds(results, more, evidence, runs_of(results, arm, against))
 
 
 def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measurement:
@@ -285,13 +285,19 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
     """
     results = StudyResults(study)
     means = results.losses["nll_nats_per_token"].groupby("run_id").mean()
-    of_runs = {one: results.arm_runs(one)["run_id"].map(means) for one in (arm, against)}
-    evidence = {f"mean loss of {one}": results.mean_of(one)(list(values)) for one, values in of_runs.items()}
-    higher, of_rates = results.beside_loss(arm, against, lambda mine, other: paired(mine, other, means))
-    error = math.hypot(of_rates, results.tuning_error(arm, against)) / results.task_gain
+    pairs = paired(results.arm_runs(arm), results.arm_runs(against), means)
+    evidence = {f"mean loss of {one}": mean for one, mean in _means(results, arm, against, pairs).items()}
+    higher = results.beside_loss(arm, against, lambda mine, other: paired(mine, other, means))
+    error = results.tuning_error(arm, against) / results.task_gain
     runs = runs_of(results, arm, against)
     found = _over_seeds(results, [-value / results.task_gain for value in higher], evidence, runs, error)
     return replace(found, matters=_matters(results, arm, against))
+
+
+def _means(results: StudyResults, arm: str, against: str, pairs: pd.DataFrame) -> dict[str, float]:
+    """Returns the mean of each of two arms over the seeds of their pairs, as their comparison takes it."""
+    mean = results.mean_of(arm, against) if len(pairs) else lambda _: math.nan
+    return {one: mean(list(pairs[side])) for one, side in ((arm, "first"), (against, "second"))}
 
 
 def _over_seeds(
