@@ -158,16 +158,11 @@ def main() -> None:
         for name, questions in asked.items():
             found[name] = list(track(pool.map(differences, questions), name, len(questions), console=console))
     cut, of_cut = asked["cut models"], found["cut models"]
-    methods = _groups([question.spec.method.name for question in cut], of_cut)
-    every = _figures(of_cut)
     content = {
         "questions": len(cut),
-        "allocated_percent": every["allocated_percent"],
+        "allocated_percent": _figures(of_cut)["allocated_percent"],
         "whole_models": _figures(found["whole models"]),
-        "worst_percent": {method: figures["allocated_percent"]["worst"] for method, figures in methods.items()},
-        "worst_reserved_percent": every["reserved_percent"]["worst"],
-        "mean_reserved_percent": every["reserved_percent"]["mean"],
-        "methods": methods,
+        "methods": _groups([question.spec.method.name for question in cut], of_cut),
         "models": _groups([question.model.name for question in cut], of_cut),
         "jobs": _groups([question.beside.job for question in asked["jobs"]], found["jobs"]),
     }

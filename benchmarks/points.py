@@ -10,17 +10,14 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-import peftscope
 from peftscope.files.atomic import write_json
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import Peaks, peaks_by_formula
-from peftscope.memory.assumptions import library_versions
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, SPEC_OPTIONS, Question, ask
 from peftscope.methods import METHODS
@@ -45,7 +42,6 @@ RULE = (
 )
 """The rule of scope. It says nothing about how well anybody predicts a point."""
 
-PACKAGE = Path(peftscope.__file__).parent
 SIMULATED_BY = (
     *("data", "evaluation", "hardware", "methods", "models", "training", "spec.py", "memory/simulate.py"),
     *("memory/tracker.py", "memory/probe.py", "memory/trace.py", "memory/allocator.py", "memory/answer.py"),
@@ -146,6 +142,8 @@ def sizes_by_formula(point: PublishedRun) -> dict[str, int]:
 
 def by_simulation(point: Point) -> int:
     """Returns the simulation's prediction; computed once for each run and state of the code."""
+    from peftscope.memory.predict import code_digest
+
     question = question_of(point)[0]
     cublas = question.gpu.cublas_bytes if question.gpu else None
     run = [question.spec.model_dump_json(), repr(question.model.shape), question.responses]
@@ -175,13 +173,3 @@ def once(name: str, key: Any, compute: Callable[[], Any]) -> Any:
     if not path.is_file():
         write_json(path, compute())
     return json.loads(path.read_text())
-
-
-@cache
-def code_digest(parts: tuple[str, ...]) -> str:
-    """Returns a hash of the libraries' versions and of the code in these parts of the package."""
-    digest = hashlib.sha256(library_versions().encode())
-    for part in parts:
-        for path in sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / part]:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -98,9 +98,7 @@ def test_runs_whose_rates_are_not_chosen_yet_are_left_too(monkeypatch: pytest.Mo
 
 
 def record(event: LogEvent, **fields: Any) -> logging.LogRecord:
-    made = logging.LogRecord("snakemake", logging.INFO, "", 0, "", None, None)
-    vars(made).update(event=event, **fields)
-    return made
+    return logging.makeLogRecord({"levelno": logging.INFO, "event": event, **fields})
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -111,7 +111,7 @@ def choose_next(sweep: Sweep) -> Path:
     for number in range(ROUNDS + 1):
         path = choose_rates(sweep, number)
         sweep = expand(sweep.name, device)
-        if not all(record_path(run).is_file() for run in sweep.runs):
+        if not _have_ended(sweep.runs):
             break
     return path
 

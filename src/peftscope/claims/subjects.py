@@ -29,7 +29,7 @@ WINDOW_TOKENS = 128
 BLOCK_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def tiny_llama(seed: int = 0, dtype: str = "float32", **sizes: Any) -> Any:
+def tiny_llama(dtype: str = "float32", **sizes: Any) -> Any:
     """Returns a Llama of two narrow layers with random weights, in evaluation mode. ``sizes`` override its config."""
     config = LlamaConfig(
         **{
@@ -46,7 +46,7 @@ def tiny_llama(seed: int = 0, dtype: str = "float32", **sizes: Any) -> Any:
             **sizes,
         }
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
 
 
@@ -62,9 +62,9 @@ def random_model(config: Mapping[str, Any]) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **sizes))
 
 
-def token_ids(model: Any, length: int = 12, batch: int = 2, seed: int = 0) -> torch.Tensor:
+def token_ids(model: Any, length: int = 12, batch: int = 2) -> torch.Tensor:
     """Returns (batch, length) random tokens of a model's vocabulary."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)
 
 

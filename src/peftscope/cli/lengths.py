@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def tell_lengths(
 
             draw_lengths(answer, own["figure"])
     if as_json:
-        print(json.dumps(answer.to_json(), ensure_ascii=False))
+        print(json.dumps(asdict(answer), ensure_ascii=False))
     else:
         show_lengths(answer, console)
         if question.gpu:

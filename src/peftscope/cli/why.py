@@ -84,9 +84,9 @@ def _of_words(text: str) -> Setting:
 
 
 def _of_file(path: Path, shared: Mapping[str, Any], gpus: int) -> Setting | None:
-    from peftscope.files.content import parse_json, read_text, read_yaml
+    from peftscope.sizing.reading import read_content
 
-    values = read_yaml(path) if path.suffix != ".json" else parse_json(read_text(path), str(path))
+    values = read_content(path)
     if isinstance(values, dict) and "model_type" in values:
         return None  # the config.json of a model
     fields = set(RunSpec.model_fields).union(*(method.model_fields for method in METHODS.values()))

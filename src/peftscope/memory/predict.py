@@ -74,11 +74,11 @@ def _key(spec: RunSpec, *batches: Batch | None) -> str:
 
 
 @cache
-def code_digest() -> str:
-    """Returns a hash of the libraries' versions and of this package's code."""
+def code_digest(parts: tuple[str, ...] = ROOMS) -> str:
+    """Returns a hash of the libraries' versions and of the code in these parts of this package."""
     digest = hashlib.sha256(library_versions().encode())
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if path.relative_to(PACKAGE).parts[0] in ROOMS:
+    for part in parts:
+        for path in sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / part]:
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

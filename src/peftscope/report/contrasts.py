@@ -183,8 +183,8 @@ def told(row: dict[Any, Any], other: str = "") -> str:
     return spoken_outcome(row["outcome"], row["difference"], other=other) + " after Holm's correction" * is_corrected
 
 
-def _signed(row: dict[Any, Any], name: str, spec: str, unit: str = "") -> str:
-    return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], lambda value: signed(value, spec), unit)
+def _signed(row: dict[Any, Any], name: str, spec: str) -> str:
+    return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], lambda value: signed(value, spec))
 
 
 def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,6 @@ class LengthsAnswer:
     fits: Fits | None = None
     headroom_bytes: int | None = None
     missing_bytes: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the answer as JSON content. The keys are stable."""
-        return asdict(self)
 
 
 def read_lengths(path: Path) -> list[int]:
@@ -157,7 +153,9 @@ def answer_lengths(question: Question, lengths: Sequence[int]) -> LengthsAnswer:
     rows = min(spec.batch_size, len(cut))
     peaks = _peaks_by_width(question, rows)
     capacity = question.gpu.usable_bytes if question.gpu else None
-    width = None if capacity is None else _fitting_width(peaks, cut[-1], capacity)
+    width = None
+    if capacity is not None:  # the widest batch up to the longest item whose tensors fit, or 0
+        width = bisect_right(range(cut[-1] + 1), capacity, lo=1, key=lambda width: peaks(width).least_bytes) - 1
     widest = peaks(cut[-1])
     return LengthsAnswer(
         model=question.model.name,
@@ -193,11 +191,6 @@ def _peaks_by_width(question: Question, rows: int) -> Callable[[int], Peaks]:
         return peaks_by_formula(asked, traces=traces)
 
     return peaks
-
-
-def _fitting_width(peaks: Callable[[int], Peaks], longest: int, capacity_bytes: int) -> int:
-    """Returns the widest batch up to the longest item whose tensors fit, or 0."""
-    return bisect_right(range(longest + 1), capacity_bytes, lo=1, key=lambda width: peaks(width).least_bytes) - 1
 
 
 def _quantile(share: float, ordered: Sequence[int], peaks: Callable[[int], Peaks]) -> Quantile:

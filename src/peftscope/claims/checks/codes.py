@@ -130,8 +130,8 @@ def gaps_that_do_not_widen(code: str) -> Measurement:
     )
 
 
-def error_ratio(model: str, block: int, code: str, rival: str, metric: str = "rmse") -> Measurement:
-    """Returns the error of one code divided by that of a rival, the geometric mean over matrices with its interval.
+def error_ratio(model: str, block: int, code: str, rival: str) -> Measurement:
+    """Returns the RMSE of one code divided by that of a rival, the geometric mean over matrices with its interval.
 
     Args:
         model: The model whose linear weights are rounded, ``CURVE_VALUES`` of each matrix; ``gaussian`` stands for
@@ -139,20 +139,19 @@ def error_ratio(model: str, block: int, code: str, rival: str, metric: str = "rm
         block: The weights per constant.
         code: The name of a ``CodeBook``.
         rival: The code to compare with.
-        metric: ``rmse`` or ``mae``, relative to the same norm of the weights.
     """
     samples = [matrix.flatten()[:CURVE_VALUES] for matrix in _matrices(model)]
     curves = {
-        book.name: {float(size): sum(_error(s, book, size, metric) for s in samples) / len(samples) for size in BLOCKS}
+        book.name: {float(size): sum(_error(s, book, size, "rmse") for s in samples) / len(samples) for size in BLOCKS}
         for book in map(CodeBook, CODES)
     }
     own, other = CodeBook(code), CodeBook(rival)
-    logs = [math.log(_error(s, own, block, metric) / _error(s, other, block, metric)) for s in samples]
+    logs = [math.log(_error(s, own, block, "rmse") / _error(s, other, block, "rmse")) for s in samples]
     return geometric_mean_of(
         logs,
-        evidence={f"{metric} of {name}": curve[block] for name, curve in curves.items()},
+        evidence={f"rmse of {name}": curve[block] for name, curve in curves.items()},
         curves=curves,
-        axes=("block size", f"relative {metric.upper()}"),
+        axes=("block size", "relative RMSE"),
         model=model,
     )
 

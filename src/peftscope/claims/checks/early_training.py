@@ -47,7 +47,6 @@ def moment_slope(
     ranks: Sequence[int],
     seeds: int,
     starts: int,
-    steps: int = 5,
 ) -> Measurement:
     """Returns the log-log slope of an adapter's output, or of the gradient at its input, against the rank.
 
@@ -61,7 +60,6 @@ def moment_slope(
         ranks: The ranks.
         seeds: The number of data sets, each of which gives one slope.
         starts: The number of random A that are averaged; 1 shows the size for a single A.
-        steps: The training steps.
     """
 
     def size(seed: int, rank: int) -> float:
@@ -71,7 +69,7 @@ def moment_slope(
             layer = lora_layer(WIDTH, WIDTH, rank=rank, alpha=16, seed=1000 * seed + start, use_rslora=rank_stabilised)
             above = (layer(x) - target).detach()
             update = getattr(torch.optim, optimizer)(_factors(layer), lr=RATES[optimizer])
-            _train(layer, x, target, update, steps)
+            _train(layer, x, target, update, steps=5)
             a, b, scale = factor_of(layer, "A").detach(), factor_of(layer, "B").detach(), layer.scaling["default"]
             found = scale * (x @ a.T @ b.T if where == "output" else above @ b @ a)
             total += found

@@ -31,20 +31,18 @@ WARM_UP = 2
 Work = Callable[[], Any]
 
 
-def step_ratio(run: dict[str, Any], against: dict[str, Any], model: str = MODEL, pairs: int = 12) -> Measurement:
+def step_ratio(run: dict[str, Any], against: dict[str, Any], pairs: int = 12) -> Measurement:
     """Returns the time of a training step over that of another run's, on weights of the model's shape."""
-    return _paired(_training_step(model, run), _training_step(model, against), pairs, model)
+    return _paired(_training_step(MODEL, run), _training_step(MODEL, against), pairs, MODEL)
 
 
-def latency_ratio(
-    run: dict[str, Any], work: Literal["prompt", "token"], model: str = MODEL, pairs: int = 30
-) -> Measurement:
+def latency_ratio(run: dict[str, Any], work: Literal["prompt", "token"], pairs: int = 30) -> Measurement:
     """Returns the time of a forward pass with PEFT's adapter apart over that with the adapter merged.
 
     The work is a whole prompt, or one further token with a key-value cache.
     """
-    apart, merged = (_forward(model, run, work, merge) for merge in (False, True))
-    return _paired(apart, merged, pairs, model)
+    apart, merged = (_forward(MODEL, run, work, merge) for merge in (False, True))
+    return _paired(apart, merged, pairs, MODEL)
 
 
 def _paired(above: Work, below: Work, pairs: int, model: str) -> Measurement:

@@ -76,7 +76,8 @@ class Grounds(Strict):
     def standing(self, findings: Findings) -> Standing:
         """Returns what it rests on under these verdicts. A claim without a finding is not run."""
         verdicts = [_verdict(findings, claim) for claim in self.claims]
-        verdicts += [_opposite(_verdict(findings, claim)) for claim in self.against]
+        opposite = {Verdict.WRONG: Verdict.HOLDS, Verdict.HOLDS: Verdict.WRONG}
+        verdicts += [opposite.get(one, one) for one in (_verdict(findings, claim) for claim in self.against)]
         if Verdict.WRONG in verdicts:
             return Standing.REFUTED
         if self.computed:
@@ -123,10 +124,6 @@ class Grounds(Strict):
 
 def _verdict(findings: Findings, claim: str) -> Verdict:
     return Verdict(findings[claim]["verdict"]) if claim in findings else Verdict.NOT_RUN
-
-
-def _opposite(verdict: Verdict) -> Verdict:
-    return {Verdict.WRONG: Verdict.HOLDS, Verdict.HOLDS: Verdict.WRONG}.get(verdict, verdict)
 
 
 def _reach(reaches: float | None, billions: float) -> str:
