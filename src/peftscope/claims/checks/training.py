@@ -211,7 +211,7 @@ def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
     """
     results = StudyResults(study)
     column = GREEDY if has_whole_split(results, arm, against) else ACCURACY
-    scores = 100 * paired(*(exact_match(results, one, column) for one in (arm, against)), column)
+    scores = 100 * paired(exact_match(results, arm, column), exact_match(results, against, column), column)
     evidence = {f"exact match of {one}, %": mean for one, mean in _means(results, arm, against, scores).items()}
     more = points(results, arm, against)
     return _over_seeds(results, more, evidence, runs_of(results, arm, against))
