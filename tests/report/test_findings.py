@@ -145,6 +145,12 @@ def test_every_open_or_not_run_claim_says_what_would_decide_it_and_at_what_price
     for name, finding in findings.items():
         assert bool(price.search(said[name])) == (finding["verdict"] in ("open", "not run")), (name, said[name])
     assert spoken_verdict(findings["S87"]) == "not run in full"  # what its first words say is no reason for that
+    tried = pd.read_csv(repository / "results/published/sums/runs.csv")
+    tried = tried[tried["comparisons"].fillna("").str.contains(r"\brates-(?:lora|full)(?:\s|$)")]
+    more = int(re.match(r"(\d+) further seeds", said["P7"])[1])
+    assert (
+        spoken_time(more * tried["wall_seconds"].sum() / 8 / 2) in said["P7"]
+    )  # a seed runs at all rates of both arms
     runs = pd.read_csv(repository / "results/published/variants/runs.csv")
     arms = runs[runs["comparisons"].fillna("").str.contains(r"\barm-lora-plus(?:\s|$)")]
     assert f"{2 * len(arms)} runs, {spoken_time(arms['wall_seconds'].sum())}" in said["S85"]

@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 
+from peftscope.analysis.beside_loss import beside_loss
 from peftscope.analysis.collect import paired
 from peftscope.analysis.study import StudyResults
 
@@ -41,4 +42,4 @@ def points(study: StudyResults, arm: str, against: str, column: str = "") -> lis
     def scores(mine: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
         return 100 * paired(_scored(study, mine, column), _scored(study, other, column), column)
 
-    return study.beside_loss(arm, against, scores)
+    return beside_loss(study, arm, against, scores)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from peftscope.analysis.beside_loss import beside_loss
 from peftscope.analysis.stats import where_reached
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem
@@ -59,7 +60,7 @@ def matched(study: StudyResults, runs: pd.DataFrame, other: pd.DataFrame, by: st
 
 def less_at_equal_loss(study: StudyResults, arm: str, against: str) -> list[float]:
     """Returns how much less an arm has forgotten than another where both have the same loss; see ``beside_loss``."""
-    return study.beside_loss(arm, against, lambda *sides: matched(study, *sides), lambda mine, theirs: theirs - mine)
+    return beside_loss(study, arm, against, lambda *sides: matched(study, *sides), lambda mine, theirs: theirs - mine)
 
 
 def frontier(study: StudyResults, arms: Sequence[str]) -> dict[float, list[list[list[float]]]]:

@@ -7,6 +7,7 @@ from statistics import fmean
 
 import pandas as pd
 
+from peftscope.analysis.beside_loss import beside_loss
 from peftscope.analysis.compare import lowest_mean
 from peftscope.analysis.forgetting import curves, frontier, less_at_equal_loss, matched
 from peftscope.analysis.stats import jackknife, trimmed_mean
@@ -69,7 +70,7 @@ def ratio_at_equal_shift(study: str, arm: str, against: str, at_lowest: bool = F
         f"rise on prose there, {against}": trimmed_mean(seconds),
         "runs that diverged": sum(int(of_arm["status"].eq("diverged").sum()) for of_arm in runs),
     }
-    sample = results.beside_loss(arm, against, at, float.__truediv__)
+    sample = beside_loss(results, arm, against, at, float.__truediv__)
     return over_seeds(results, sample, evidence, (run for of_arm in runs for run in of_arm["run_id"]))
 
 

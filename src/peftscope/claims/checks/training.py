@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
+from peftscope.analysis.beside_loss import beside_loss
 from peftscope.analysis.collect import paired
 from peftscope.analysis.compare import compare
 from peftscope.analysis.exact_match import ACCURACY, GREEDY, exact_match, has_whole_split, points
@@ -287,7 +288,7 @@ def training_gain(study: str, arm: str, against: str) -> Measurement:
     means = results.losses["nll_nats_per_token"].groupby("run_id").mean()
     pairs = paired(results.arm_runs(arm), results.arm_runs(against), means)
     evidence = {f"mean loss of {one}": mean for one, mean in _means(results, arm, against, pairs).items()}
-    higher = results.beside_loss(arm, against, lambda mine, other: paired(mine, other, means))
+    higher = beside_loss(results, arm, against, lambda mine, other: paired(mine, other, means))
     error = results.tuning_error(arm, against) / results.task_gain
     runs = runs_of(results, arm, against)
     found = _over_seeds(results, [-value / results.task_gain for value in higher], evidence, runs, error)
