@@ -667,6 +667,15 @@ def test_claims_count_answers_in_points(tuned: None) -> None:
     assert judge(Rule(better_by=0), training.accuracy_gain("mine", "full", "lora"))[0] == Verdict.WRONG
 
 
+def test_what_a_claim_tells_of_each_arm_is_over_the_seeds_that_both_have(write_study_file) -> None:
+    write_study_file(more_seeds={"thin": [6]})
+    scored = {"full": [0.4] * 6 + [0.9], "lora": [0.5] * 6, "thin": [0.4] * 7}
+    rows = {arm: [{"exact_match": share} for share in shares] for arm, shares in scored.items()}
+    compared(GAINS | {arm: [*GAINS[arm], 1.9] for arm in ("full", "thin")}, **rows)
+    told = list(training.accuracy_gain("mine", "lora", "full").evidence.values())
+    assert told[:2] == pytest.approx([50, 40])
+
+
 def test_points_of_exact_match_are_those_of_the_whole_split_where_both_arms_have_it(tuned: None) -> None:
     whole = {arm: [{"exact_match": 0.5, "greedy_match": greedy}] * 6 for arm, greedy in (("full", 0.4), ("lora", 0.45))}
     record_comparison(**whole, thin=[{"exact_match": 0.25}] * 6)
