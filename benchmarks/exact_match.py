@@ -28,13 +28,14 @@ COLUMNS = {
 
 
 def errors() -> pd.DataFrame:
-    """Returns the mean and the standard deviation over seeds of the estimate's error, in points, by method and rate."""
+    """Returns the mean and the standard deviation over seeds of the estimate's error, in points, by arm and rate."""
     study = StudyResults("sums", is_published=True)
     items = pd.read_parquet(study.folder / ITEMS, columns=["run_id", "nll", "correct"])
     graded = items.dropna().sort_values("nll")
     right = isotonic_regression(graded["correct"].astype(float), increasing=False).x
     items["estimate"] = np.interp(items["nll"], graded["nll"], right)
-    runs = study.table[study.table["comparisons"].str.contains("rates-")].dropna(subset=[GREEDY]).copy()
+    arms = {label: study.rate_runs(arm).drop(columns="label") for arm, label in study.labels.items()}
+    runs = pd.concat(arms, names=["label"]).reset_index("label").dropna(subset=[GREEDY])
     runs["error"] = 100 * (runs["run_id"].map(items.groupby("run_id")["estimate"].mean()) - runs[GREEDY])
     by_rate = runs.groupby(["label", "learning_rate"])["error"]
     return by_rate.agg(runs="size", error="mean", spread="std").reset_index()
@@ -42,5 +43,5 @@ def errors() -> pd.DataFrame:
 
 if __name__ == "__main__":
     table = errors()
-    table[["error", "spread"]] = table[["error", "spread"]].map("{:.1f}".format)
+    table[["error", "spread"]] = table[["error", "spread"]].map("{:.1f}".format).replace("^-", "−", regex=True)
     write_blocks({"exact-match": markdown(table.rename(columns=COLUMNS))}, PAGE)

@@ -578,7 +578,9 @@ def test_each_rank_keeps_a_share_of_what_full_fine_tuning_gains(finished: StudyR
     draw_figure(Path("shares.svg"), lambda axes: draw_shares(axes, "mine"))
     assert "learning rate" in Path("shares.svg").read_text()
     sentence = shares_sentence("mine")
-    assert sentence.startswith("Of what full fine-tuning gains on the task, LoRA reaches 67 % at rank 2, 97 % at rank")
+    assert sentence.startswith(
+        "Of what full fine-tuning gains on the task, LoRA reaches 66.7 % at rank 2, 96.9 % at rank"
+    )
 
 
 def test_a_study_of_few_examples_shows_what_is_trained_and_what_is_not(finished: StudyResults) -> None:

@@ -19,7 +19,7 @@ from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import published_paths
 from peftscope.report.contrasts import answer, contrasts, readable_difference, told
-from peftscope.report.deciding import what_would_decide
+from peftscope.report.deciding import _seconds, what_would_decide
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import MOST_SURPRISES, show_claims, show_study
 from peftscope.report.page import ANSWERS
@@ -45,7 +45,7 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
     number = next(part["found"] for part in by_id["S6"]["parts"] if part["role"] != "beside")
     assert f"## What surprised most\n\n- It takes {number:.0f} GB. ([S6](claims.md#S6): Llama-2-7B in BF16)" in page
     assert page.index("It takes") < page.index("## One topic") and "no bottleneck" not in page
-    assert page.index("**S6**") < page.index("**S34**") < page.index("Not run yet: [S97](claims.md#S97)")
+    assert page.index("**S6**") < page.index("**S34**") < page.index("Not run, or not in full: [S97](claims.md#S97)")
     assert "\n\n*In doubt.* The rates are too low.\n\n*A larger model (not tested).*" in page
     assert "**Wrong**" in page and "**Holds**" in page and "Words are many. *What would test it.*" in page
     assert "; wrong for m on words**" in page and "2 claims on training" in page and "them: wrong in 2 of 3" in page
@@ -145,15 +145,11 @@ def test_every_open_or_not_run_claim_says_what_would_decide_it_and_at_what_price
     for name, finding in findings.items():
         assert bool(price.search(said[name])) == (finding["verdict"] in ("open", "not run")), (name, said[name])
     assert spoken_verdict(findings["S87"]) == "not run in full"  # what its first words say is no reason for that
-    tried = pd.read_csv(repository / "results/published/sums/runs.csv")
-    tried = tried[tried["comparisons"].fillna("").str.contains(r"\brates-(?:lora|full)(?:\s|$)")]
+    seconds = {arm: _seconds("sums", arm) for arm in ("lora", "full")}
+    assert seconds["full"] > seconds["lora"] > 60
     more = int(re.match(r"(\d+) further seeds", said["P7"])[1])
-    assert (
-        spoken_time(more * tried["wall_seconds"].sum() / 8 / 2) in said["P7"]
-    )  # a seed runs at all rates of both arms
-    runs = pd.read_csv(repository / "results/published/variants/runs.csv")
-    arms = runs[runs["comparisons"].fillna("").str.contains(r"\barm-lora-plus(?:\s|$)")]
-    assert f"{2 * len(arms)} runs, {spoken_time(arms['wall_seconds'].sum())}" in said["S85"]
+    assert spoken_time(more * (5 * seconds["lora"] + 3 * seconds["full"]) / 2) in said["P7"]  # at all rates of both
+    assert "three rates for AdaLoRA" in said["P11"]
 
 
 def test_a_comparison_of_the_same_runs_has_the_same_words_in_every_study(in_repository: None) -> None:

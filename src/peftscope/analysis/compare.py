@@ -13,6 +13,8 @@ from enum import StrEnum
 from peftscope.analysis.stats import CONFIDENCE, jackknife, trimmed_mean
 
 LARGEST_PAIRS = 10_000
+MARGIN = 0.025
+"""Arms whose losses differ by less than this share of the task gain count as the same, unless a claim has its own."""
 
 
 class Outcome(StrEnum):

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import pandas as pd
 
 from peftscope.analysis.collect import failures, read_runs
-from peftscope.analysis.compare import Difference, compare, pair_values
+from peftscope.analysis.compare import MARGIN, Difference, compare, pair_values
 from peftscope.analysis.stats import holm, trimmed_mean
 from peftscope.analysis.tuning import Rate, mean_or_none
 from peftscope.errors import InputError, Problem
@@ -38,8 +38,6 @@ from peftscope.planning.published import LOSSES, VALIDATION, loss_rows, publishe
 
 HELDOUT = "heldout_nll_nats_per_token"
 LOWEST = "lowest_validation_nll_nats_per_token"
-MARGIN = 0.025
-"""Arms whose losses differ by less than this share of the task gain count as the same, unless a claim has its own."""
 UNFINISHED = "not finished"
 """The reason for which an arm without a best rate is left out."""
 PLANNED = 0.02

@@ -23,6 +23,7 @@ from peftscope.report.spoken import (
     deciding,
     key_part,
     measured,
+    scopes_apart,
     spoken_finding,
     spoken_moves,
     spoken_scope,
@@ -105,9 +106,11 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     verdict = Verdict(finding["verdict"])
     parts = sorted(finding["parts"], key=lambda part: part["role"] == "beside")
     open_parts = [part for part in deciding(finding) if part["verdict"] == Verdict.OPEN]
-    key, short = key_part(finding), spoken_scope(finding, short=True)
+    key = key_part(finding)
     said = spoken_finding(key) if key else "-"
-    others = [part for part in deciding(finding) if part["found"] is not None and spoken_finding(part) != said]
+    short = scopes_apart(finding).get(key["measures"], "").strip(" []") if key else ""
+    short = short or spoken_scope(finding, short=True)
+    others = spoken_finding(finding, but=said)
     worlds = {part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None}
     ways = (finding["known"].replace(f" on {min(worlds)}", "") if len(worlds) == 1 else finding["known"]).split("; ")
     known = "; ".join(way for way in ways if not any(other.startswith(f"{way},") for other in ways))
@@ -122,7 +125,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "short": short,
         "scope": scope,
         "found": spoken_finding(finding),
-        "also": spoken_finding({"parts": others}) if others else "",
+        "also": others if others != "-" else "",
         "basis": capitalised("; ".join(filter(None, [known, rest]))) if known else rest and f"For {rest}",
         "worlds": worlds or {NO_WORLD},
         "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",

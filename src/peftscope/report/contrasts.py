@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from peftscope.analysis.collect import WRONG_SYMBOLS, paired
-from peftscope.analysis.compare import Outcome
+from peftscope.analysis.compare import MARGIN, Outcome
 from peftscope.analysis.exact_match import ARGMAX, has_whole_split, points
 from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, mean_interval, sign_flip_p, where_reached
-from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults
+from peftscope.analysis.study import HELDOUT, VALIDATION, StudyResults
 from peftscope.data.tasks import symbols_of
 from peftscope.planning.experiment import A_A
 from peftscope.report.sentences import spoken_outcome

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from functools import cache
+from statistics import fmean
 from typing import Any
-
-import pandas as pd
 
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import Claim, arms_named_in
 from peftscope.claims.verdict import UNDECIDED, Verdict
 from peftscope.errors import InputError
 from peftscope.hardware.cards import find_gpu
+from peftscope.planning.cells import ARM, RATES
 from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.planning.forecast import Forecaster
@@ -68,16 +68,17 @@ def _further_runs(part: dict[str, Any]) -> str:
         return ""
     asked, study = part["with"], StudyResults(part["with"]["study"])
     planned = _at_several_rates(study.subject)
-    left = [arm for arm in arms_named_in(asked) if arm in study.arms and not study.rate(arm).is_tuned]
+    given = study.settings.given_rates if study.settings else {}
+    named = [arm for arm in arms_named_in(asked) if arm in study.arms and arm not in given]
+    left = [arm for arm in named if not study.rate(arm).is_tuned]
     arms = [arm for arm in left if arm not in planned or arm in planned[arm].left_out]
     if not arms:
         return ""
-    runs = pd.concat([study.arm_runs(arm) for arm in arms])
-    price = spoken_time(2 * float(runs["wall_seconds"].sum()) / RUNS_AT_ONCE)
+    runs = {arm: 2 * len(study.arm_runs(arm)) for arm in arms}
     names = "; ".join(map(study.labels.__getitem__, arms))
     studies = {planned[arm].name if arm in planned else "" for arm in arms}
     where = f" (`make report EXPERIMENT={studies.pop()}`)" if len(studies) == 1 and "" not in studies else ""
-    return f"three rates for {names}{where}: {2 * len(runs)} runs, {price}"
+    return f"three rates for {names}{where}: {sum(runs.values())} runs, {_price(study.name, runs)}"
 
 
 @cache
@@ -100,7 +101,23 @@ def _further_seeds(part: dict[str, Any]) -> str:
         return ""
     study = StudyResults(part["with"]["study"])
     arms = [arm for arm in arms_named_in(part["with"]) if arm in study.arms]
-    runs = pd.concat([study.rate_runs(arm) for arm in arms])["wall_seconds"]
     more = int(pairs[1]) - part["n"]
     world = f" on {part['model']}" if part.get("elsewhere") else ""
-    return f"{more} further seeds{world}, {spoken_time(more * float(runs.sum()) / part['n'] / RUNS_AT_ONCE)}"
+    runs = {arm: more * study.rate_runs(arm)["learning_rate"].nunique() for arm in arms}
+    return f"{more} further seeds{world}, {_price(study.name, runs)}"
+
+
+def _price(study: str, runs: dict[str, int]) -> str:
+    """Returns the estimated time of so many runs of each arm of a study, in words.
+
+    Recorded times would not do: a run beside tests, or one that was paused, takes a multiple.
+    """
+    return spoken_time(sum(more * _seconds(study, arm) for arm, more in runs.items()) / RUNS_AT_ONCE)
+
+
+@cache
+def _seconds(study: str, arm: str) -> float:
+    """Returns the estimated seconds of a run of an arm, the mean over its rates."""
+    sweep = expand(study, "cpu", assume_rates=True)
+    runs = next(one.runs for one in sweep.comparisons if one.name in (f"{RATES}{arm}", f"{ARM}{arm}"))
+    return fmean(estimate_seconds(sweep.runs[run], one_thread=True) for run in runs)

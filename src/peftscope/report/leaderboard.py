@@ -13,8 +13,9 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+from peftscope.analysis.compare import MARGIN
 from peftscope.analysis.stats import CONFIDENCE
-from peftscope.analysis.study import MARGIN, StudyResults
+from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, published, published_paths, report_path
 from peftscope.planning.experiment import A_A
@@ -102,7 +103,7 @@ def read_sections(folder: Path = REPORTS) -> tuple[list[Section], dict[str, str]
             left_out[name] = error.problems[0].message
             continue
         if all(entry.is_control for entry in entries[1:]):
-            left_out[name] = "it compares nothing with its reference"
+            left_out[name] = "no arm but the reference is finished"
             continue
         rows = worlds.setdefault(frozenset(entries[0].runs["run_id"]), {})
         for entry in entries:

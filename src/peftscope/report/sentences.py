@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from peftscope.analysis.compare import Outcome
+from peftscope.analysis.compare import MARGIN, Outcome
 from peftscope.analysis.stats import CONFIDENCE
-from peftscope.analysis.study import MARGIN
 from peftscope.report import tables
 from peftscope.words import MIB, capitalised, formatted, plain
 

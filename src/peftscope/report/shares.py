@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator
 
+from peftscope.analysis.compare import MARGIN
 from peftscope.analysis.stats import CONFIDENCE
-from peftscope.analysis.study import HELDOUT, MARGIN, StudyResults
+from peftscope.analysis.study import HELDOUT, StudyResults
 from peftscope.planning.experiment import A_A, VARIED
 from peftscope.report.looks import arm_looks
 from peftscope.report.plots import plain_ticks
@@ -129,7 +130,7 @@ def shares_sentence(experiment: str) -> str:
     whole = _named(study, table) + "".join(at)
     for name, rows in table.groupby("method", sort=False):
         each = zip(rows[field], rows["share"], strict=True)
-        shares = listed([f"{100 * share:.0f} % at {field} {value:,g}".replace("-", "−") for value, share in each])
+        shares = listed([f"{100 * share:.1f} % at {field} {value:,g}".replace("-", "−") for value, share in each])
         same = rows.loc[rows["is_same"] & ~rows["is_whole"], field]
         shown = listed([f"{value:,g}" for value in same])
         same_as = f"the same as {whole} within {100 * MARGIN:g} %"

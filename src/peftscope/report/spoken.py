@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from peftscope.analysis.compare import MARGIN
 from peftscope.claims.measurement import POINTS, WITHIN
 from peftscope.claims.verdict import OF_SIZE, UNDECIDED, Verdict
 from peftscope.words import listed, scale_of, spoken_number, spoken_quantity
@@ -14,10 +15,19 @@ MOST_WORDS = 5
 """The most words of a scope in the one sentence on a claim."""
 
 
-def spoken_finding(finding: dict[str, Any]) -> str:
-    """Returns what was measured of a claim's deciding parts, or of one part, as an answer to what is claimed."""
+def spoken_finding(finding: dict[str, Any], but: str = "") -> str:
+    """Returns what was measured of a claim's deciding parts, or of one part, as an answer to what is claimed.
+
+    Where training is one of several things that were measured on different models, each is told with its scope.
+
+    Args:
+        finding: The claim's finding, or a part of it.
+        but: What is told of a part that is left out.
+    """
     if "parts" in finding:
-        found = [spoken_finding(part) for part in deciding(finding) if part["found"] is not None]
+        told = [(part, spoken_finding(part)) for part in deciding(finding) if part["found"] is not None]
+        places = scopes_apart(finding)
+        found = [said + places.get(part["measures"], "") for part, said in told if said != but]
         return "; ".join(dict.fromkeys(found)) or "-"
     if finding["found"] is None:
         return "-"
@@ -33,6 +43,18 @@ def spoken_finding(finding: dict[str, Any]) -> str:
     return f"{answer}{where}" + spread(finding, sides=True) + more
 
 
+def scopes_apart(finding: dict[str, Any]) -> dict[str, str]:
+    """Returns short scopes of a claim's parts by what they measure, in brackets, if models differ and one is trained.
+
+    Another world that the same is asked of has its name with its value, and does not count.
+    """
+    parts = [p for p in deciding(finding) if p["found"] is not None and not p.get("elsewhere")]
+    if len({part["model"] for part in parts}) < 2 or "training" not in {part["kind"] for part in parts}:
+        return {}
+    scopes = {part["measures"]: short_scope(part["scope"] or part["model"]) for part in parts}
+    return {measures: f" [{scope}]" for measures, scope in scopes.items() if scope}
+
+
 def measured(part: dict[str, Any]) -> str:
     """Returns the value of a part that was measured, with its unit and interval, and of which of several it is."""
     if part["found"] is None:
@@ -46,11 +68,14 @@ def spread(part: dict[str, Any], sides: bool = False) -> str:
 
     Args:
         part: The part.
-        sides: Whether the ends are told as ahead and behind in place of their signs, with the bound of the difference.
+        sides: Whether the ends are told as ahead and behind in place of their signs, with the bound of the difference,
+            and with the margin that the claim is judged by, if it is not the usual one.
 
     >>> part = {"low": -0.02, "high": 0.05, "unit": "of the task gain", "evidence": {WITHIN: 0.04}}
     >>> spread(part), spread(part, sides=True), spread(part | {"high": -0.01}, sides=True)
     (' (-2 to 5)', ' (2 behind to 5 ahead, within 4)', ' (1 to 2 behind, within 4)')
+    >>> spread(part | {"judged": {"same_within": 0.05}}, sides=True)
+    ' (2 behind to 5 ahead, within 4, margin 5)'
     """
     if part["low"] is None:
         return ""
@@ -62,6 +87,9 @@ def spread(part: dict[str, Any], sides: bool = False) -> str:
         low += " behind" * (min(ends) < 0 < max(ends))
         if bound := part["evidence"].get(WITHIN):
             high += f", within {spoken_number(scale_of(part['unit']) * bound)}"
+            asked = max((abs(a) for a in part.get("judged", {}).values() if not isinstance(a, str)), default=0)
+            if asked not in (0, MARGIN):
+                high += f", margin {spoken_number(scale_of(part['unit']) * asked)}"
     return f" ({low} to {high})"
 
 
@@ -73,14 +101,14 @@ def key_part(finding: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def short_scope(scope: str) -> str:
-    """Returns the first words of a scope, up to the comma or semicolon that leaves at most ``MOST_WORDS``.
+    """Returns the first words of a scope, up to a semicolon or the comma that leaves at most ``MOST_WORDS``.
 
-    >>> short_scope("SmolLM2-135M, two-digit sums, rank 8, AdamW, 160 steps"), short_scope("arithmetic")
-    ('SmolLM2-135M, two-digit sums, rank 8', 'arithmetic')
+    >>> short_scope("SmolLM2-135M, two-digit sums, rank 8, AdamW, 160 steps"), short_scope("sums; LoRA, DoRA and PiSSA")
+    ('SmolLM2-135M, two-digit sums, rank 8', 'sums')
     """
-    pieces = re.split(r"(?<=[,;]) ", scope)
+    pieces = re.split(r"(?<=,) ", scope.partition(";")[0])
     ends = [n for n in range(1, len(pieces) + 1) if len(" ".join(pieces[:n]).split()) <= MOST_WORDS]
-    return " ".join(pieces[: max(ends, default=1)]).rstrip(",;")
+    return " ".join(pieces[: max(ends, default=1)]).rstrip(",")
 
 
 def spoken_scope(finding: dict[str, Any], short: bool = False) -> str:
@@ -129,7 +157,7 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     if finding["verdict"] == Verdict.NOT_RUN:
         place = " in full" if any(part["found"] is not None for part in deciding(finding)) else ""
     reason = (key_part(finding) or {}).get("reason", "") if finding.get("parts") else ""
-    is_told = finding["verdict"] != Verdict.NOT_RUN and reason.startswith(OF_SIZE)
+    is_told = finding["verdict"] in (Verdict.HOLDS, Verdict.WRONG) and reason.startswith(OF_SIZE)
     return finding["verdict"] + place + (f": {reason}" if is_told else "")
 
 

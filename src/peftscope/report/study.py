@@ -12,8 +12,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from peftscope.analysis.compare import MARGIN
 from peftscope.analysis.stats import CONFIDENCE
-from peftscope.analysis.study import LOWEST, MARGIN, PLANNED, StudyResults
+from peftscope.analysis.study import LOWEST, PLANNED, StudyResults
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, STEP, Study
 from peftscope.report import contrasts
@@ -150,6 +151,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "given": listed(given, "; "),
         "controls_of": sorted({control for control, _ in study.controls}),
         "fewest_rates": min(map(len, settings.learning_rates.values()), default=0),
+        "steep": contrasts.STEEP,
         "chosen_by": settings.chosen_by,
         "has_tuning": any(rate.is_tuned or rate.regret for rate in rates.values()),
         "step": f"√{STEP**2:.0f}",

@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
+from peftscope.analysis.compare import MARGIN
 from peftscope.analysis.forgetting import less_at_equal_loss
 from peftscope.analysis.stats import mean_interval
-from peftscope.analysis.study import MARGIN, StudyResults
+from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import PUBLISHED_RESULTS
 from peftscope.planning.experiment import WORLDS

@@ -17,10 +17,10 @@ from scipy.stats import rankdata
 
 from peftscope.analysis.beside_loss import beside_loss
 from peftscope.analysis.collect import paired
-from peftscope.analysis.compare import compare
+from peftscope.analysis.compare import MARGIN, compare
 from peftscope.analysis.exact_match import ACCURACY, GREEDY, exact_match, has_whole_split, points
 from peftscope.analysis.stats import CONFIDENCE, mean_interval, sign_flip_p, trimmed_mean
-from peftscope.analysis.study import HELDOUT, MARGIN, VALIDATION, StudyResults
+from peftscope.analysis.study import HELDOUT, VALIDATION, StudyResults
 from peftscope.claims.measurement import POINTS, WITHIN, Measurement, NotRunError, Quantity, over_seeds, runs_of
 from peftscope.models.catalog import find_model
 from peftscope.words import interval, signed
