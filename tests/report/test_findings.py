@@ -23,7 +23,7 @@ from peftscope.report.deciding import _seconds, what_would_decide
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import MOST_SURPRISES, show_claims, show_study
 from peftscope.report.page import ANSWERS
-from peftscope.report.spoken import spoken_verdict
+from peftscope.report.spoken import spoken_finding, spoken_verdict
 from peftscope.words import spoken_time
 
 TOPIC = {"title": "One topic", "claims": ["S34"], "larger": "More.", "papers": "Other."}
@@ -150,6 +150,14 @@ def test_every_open_or_not_run_claim_says_what_would_decide_it_and_at_what_price
     more = int(re.match(r"(\d+) further seeds", said["P7"])[1])
     assert spoken_time(more * (5 * seconds["lora"] + 3 * seconds["full"]) / 2) in said["P7"]  # at all rates of both
     assert "three rates for AdaLoRA" in said["P11"]
+
+
+def test_numbers_of_several_models_have_their_own_scopes(repository: Path, in_repository: None) -> None:
+    findings = {finding["id"]: finding for finding in published_findings()}
+    for name, scopes in (("S42", ["SmolLM2-135M, two-digit sums", "llama-2-7b"]), ("S35", [])):
+        assert re.findall(r" \[([^]\d+−]+[^]]*)\]", spoken_finding(findings[name])) == scopes
+    page = Path("reports/published/findings.md").read_text()
+    assert "[llama-2-7b].\n" in page and "[**S35**]" in page
 
 
 def test_a_comparison_of_the_same_runs_has_the_same_words_in_every_study(in_repository: None) -> None:
