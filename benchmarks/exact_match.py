@@ -6,6 +6,7 @@ Held-out items whose answers were generated and graded say how often an answer w
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from peftscope.analysis.exact_match import GREEDY
 from peftscope.analysis.study import StudyResults
 from peftscope.planning.published import ITEMS
 from peftscope.report.tables import markdown
+from peftscope.words import signed
 
 PAGE = Path("docs/studies.md")
 COLUMNS = {
@@ -43,5 +45,7 @@ def errors() -> pd.DataFrame:
 
 if __name__ == "__main__":
     table = errors()
-    table[["error", "spread"]] = table[["error", "spread"]].map("{:.1f}".format).replace("^-", "−", regex=True)
+    table = table.assign(
+        error=table["error"].map(partial(signed, form=".1f")), spread=table["spread"].map("{:.1f}".format)
+    )
     write_blocks({"exact-match": markdown(table.rename(columns=COLUMNS))}, PAGE)

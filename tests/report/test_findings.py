@@ -19,7 +19,7 @@ from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import published_paths
 from peftscope.report.contrasts import answer, contrasts, readable_difference, told
-from peftscope.report.deciding import _seconds, what_would_decide
+from peftscope.report.deciding import run_seconds, what_would_decide
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import MOST_SURPRISES, show_claims, show_study
 from peftscope.report.page import ANSWERS
@@ -145,7 +145,7 @@ def test_every_open_or_not_run_claim_says_what_would_decide_it_and_at_what_price
     for name, finding in findings.items():
         assert bool(price.search(said[name])) == (finding["verdict"] in ("open", "not run")), (name, said[name])
     assert spoken_verdict(findings["S87"]) == "not run in full"  # what its first words say is no reason for that
-    seconds = {arm: _seconds("sums", arm) for arm in ("lora", "full")}
+    seconds = {arm: run_seconds("sums", arm) for arm in ("lora", "full")}
     assert seconds["full"] > seconds["lora"] > 60
     more = int(re.match(r"(\d+) further seeds", said["P7"])[1])
     assert spoken_time(more * (5 * seconds["lora"] + 3 * seconds["full"]) / 2) in said["P7"]  # at all rates of both
@@ -154,10 +154,14 @@ def test_every_open_or_not_run_claim_says_what_would_decide_it_and_at_what_price
 
 def test_numbers_of_several_models_have_their_own_scopes(repository: Path, in_repository: None) -> None:
     findings = {finding["id"]: finding for finding in published_findings()}
-    for name, scopes in (("S42", ["SmolLM2-135M, two-digit sums", "llama-2-7b"]), ("S35", [])):
-        assert re.findall(r" \[([^]\d+−]+[^]]*)\]", spoken_finding(findings[name])) == scopes
-    page = Path("reports/published/findings.md").read_text()
-    assert "[llama-2-7b].\n" in page and "[**S35**]" in page
+    of_two, of_one = (spoken_finding(findings[name]) for name in ("S42", "S35"))
+    assert " [SmolLM2-135M, two-digit sums]; " in of_two and of_two.endswith(" [llama-2-7b]")
+    assert " [" not in of_one
+    assert f"{of_two}.\n" in Path("reports/published/findings.md").read_text()  # and no scope after both
+    trained = next(part for part in findings["S42"]["parts"] if part["kind"] == "training" and part["role"] != "beside")
+    there = trained | {"elsewhere": True, "model": "m, words"}
+    with_another_world = spoken_finding({"parts": [*findings["S42"]["parts"], there]})
+    assert with_another_world == f"{of_two}; {spoken_finding(there)}" and "on m, words" in with_another_world
 
 
 def test_a_comparison_of_the_same_runs_has_the_same_words_in_every_study(in_repository: None) -> None:

@@ -23,7 +23,7 @@ from peftscope.report.spoken import (
     deciding,
     key_part,
     measured,
-    scopes_apart,
+    own_scope,
     spoken_finding,
     spoken_moves,
     spoken_scope,
@@ -108,8 +108,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     open_parts = [part for part in deciding(finding) if part["verdict"] == Verdict.OPEN]
     key = key_part(finding)
     said = spoken_finding(key) if key else "-"
-    short = scopes_apart(finding).get(key["measures"], "").strip(" []") if key else ""
-    short = short or spoken_scope(finding, short=True)
+    short = (own_scope(key, finding) if key else "") or spoken_scope(finding, short=True)
     others = spoken_finding(finding, but=said)
     worlds = {part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None}
     ways = (finding["known"].replace(f" on {min(worlds)}", "") if len(worlds) == 1 else finding["known"]).split("; ")

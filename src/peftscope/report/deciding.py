@@ -112,11 +112,11 @@ def _price(study: str, runs: dict[str, int]) -> str:
 
     Recorded times would not do: a run beside tests, or one that was paused, takes a multiple.
     """
-    return spoken_time(sum(more * _seconds(study, arm) for arm, more in runs.items()) / RUNS_AT_ONCE)
+    return spoken_time(sum(more * run_seconds(study, arm) for arm, more in runs.items()) / RUNS_AT_ONCE)
 
 
 @cache
-def _seconds(study: str, arm: str) -> float:
+def run_seconds(study: str, arm: str) -> float:
     """Returns the estimated seconds of a run of an arm, the mean over its rates."""
     sweep = expand(study, "cpu", assume_rates=True)
     runs = next(one.runs for one in sweep.comparisons if one.name in (f"{RATES}{arm}", f"{ARM}{arm}"))

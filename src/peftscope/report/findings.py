@@ -27,7 +27,7 @@ from peftscope.report.front import Surprise, rests_on, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import write_page
 from peftscope.report.shares import arms_shown
-from peftscope.report.spoken import decided, deciding, scopes_apart, spoken_finding, spoken_scope, spoken_verdict
+from peftscope.report.spoken import decided, deciding, own_scope, spoken_finding, spoken_scope, spoken_verdict
 from peftscope.report.worlds import WORLDS_FIGURE
 from peftscope.words import spoken_time
 
@@ -158,7 +158,7 @@ def _line(finding: dict[str, Any]) -> dict[str, Any]:
         "id": finding["id"],
         "verdict": spoken_verdict(finding).capitalize(),
         "found": spoken_finding(finding),
-        "short": "" if scopes_apart(finding) else spoken_scope(finding, True),
+        "short": "" if any(own_scope(part, finding) for part in deciding(finding)) else spoken_scope(finding, True),
     }
 
 

@@ -18,17 +18,19 @@ MOST_WORDS = 5
 def spoken_finding(finding: dict[str, Any], but: str = "") -> str:
     """Returns what was measured of a claim's deciding parts, or of one part, as an answer to what is claimed.
 
-    Where training is one of several things that were measured on different models, each is told with its scope.
+    If a claim's numbers are of several models, each is told with its scope (``own_scope``).
 
     Args:
         finding: The claim's finding, or a part of it.
         but: What is told of a part that is left out.
     """
     if "parts" in finding:
-        told = [(part, spoken_finding(part)) for part in deciding(finding) if part["found"] is not None]
-        places = scopes_apart(finding)
-        found = [said + places.get(part["measures"], "") for part, said in told if said != but]
-        return "; ".join(dict.fromkeys(found)) or "-"
+        told = []
+        for part in deciding(finding):
+            if part["found"] is not None and (said := spoken_finding(part)) != but:
+                scope = own_scope(part, finding)
+                told.append(f"{said} [{scope}]" if scope else said)
+        return "; ".join(dict.fromkeys(told)) or "-"
     if finding["found"] is None:
         return "-"
     where = f" on {finding['model']}" if finding.get("elsewhere") else ""
@@ -43,16 +45,16 @@ def spoken_finding(finding: dict[str, Any], but: str = "") -> str:
     return f"{answer}{where}" + spread(finding, sides=True) + more
 
 
-def scopes_apart(finding: dict[str, Any]) -> dict[str, str]:
-    """Returns short scopes of a claim's parts by what they measure, in brackets, if models differ and one is trained.
+def own_scope(part: dict[str, Any], finding: dict[str, Any]) -> str:
+    """Returns a part's short scope, if its claim's numbers are of several models, one of them trained; else nothing.
 
-    Another world that the same is asked of has its name with its value, and does not count.
+    A part that asks another world the same has the world's name with its value, and so no scope either.
     """
-    parts = [p for p in deciding(finding) if p["found"] is not None and not p.get("elsewhere")]
-    if len({part["model"] for part in parts}) < 2 or "training" not in {part["kind"] for part in parts}:
-        return {}
-    scopes = {part["measures"]: short_scope(part["scope"] or part["model"]) for part in parts}
-    return {measures: f" [{scope}]" for measures, scope in scopes.items() if scope}
+    parts = [one for one in deciding(finding) if one["found"] is not None and not one.get("elsewhere")]
+    if part.get("elsewhere") or len({one["model"] for one in parts}) < 2:
+        return ""
+    is_trained = any(one["kind"] == "training" for one in parts)
+    return short_scope(part["scope"] or part["model"]) if is_trained else ""
 
 
 def measured(part: dict[str, Any]) -> str:
