@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import tomllib
@@ -10,6 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+import grimp
 import pytest
 import yaml
 from conftest import python
@@ -45,31 +45,17 @@ def test_planning_and_reporting_never_load_torch() -> None:
     assert python("-c", f"import sys, {modules}; print('torch' in sys.modules)", check=True).stdout.strip() == "False"
 
 
-def imports_of_each_file(source: Path) -> dict[str, set[str]]:
-    """Returns the package's own modules that each of its modules imports, in functions and for types too."""
-    parts = {path: path.relative_to(source).with_suffix("").parts for path in source.rglob("*.py")}
-    files = {".".join(names).removesuffix(".__init__"): path for path, names in parts.items()}
+def test_no_files_import_each_other_but_for_the_list_of_methods() -> None:
+    graph = grimp.build_graph("peftscope", cache_dir=None)
 
-    def imported(path: Path) -> set[str]:
-        found = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-                found |= {name if name in files else str(node.module) for name in names}
-            elif isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-        return found & files.keys()
+    def sort() -> None:
+        TopologicalSorter({m: graph.find_modules_directly_imported_by(m) for m in graph.modules}).prepare()
 
-    return {name: imported(path) - {name} for name, path in files.items()}
-
-
-def test_no_files_import_each_other_but_for_the_list_of_methods(repository: Path) -> None:
-    imports = imports_of_each_file(repository / "src")
     with pytest.raises(CycleError):
-        TopologicalSorter(imports).prepare()  # the list holds every method, and a method knows the spec that holds it
-    listed = imports.pop("peftscope.methods")
-    assert "peftscope.methods.lora" in listed
-    TopologicalSorter({name: others - {"peftscope.methods"} for name, others in imports.items()}).prepare()
+        sort()  # the list holds every method, and a method knows the spec that holds it
+    assert "peftscope.methods.lora" in graph.find_modules_directly_imported_by("peftscope.methods")
+    graph.remove_module("peftscope.methods")
+    sort()
 
 
 def test_snakefile_holds_rules_only(repository: Path) -> None:

@@ -138,6 +138,9 @@ class TestSources:
         assert (found.mean, found.spread) == pytest.approx((study.mean, study.spread), rel=1e-6)
         ((of_items, _),) = found.others
         assert 35 < found.spread / math.sqrt(6) / of_items < 45  # as the page says
+        over_rates = pair(read_scores("sums:full"), read_scores("sums:lora")).difference(math.nan)
+        study = StudyResults("sums").difference("full", "lora")
+        assert (over_rates.mean, over_rates.spread) == pytest.approx((study.mean, study.spread), rel=1e-6)
 
     def test_the_suites_items(self, tmp_path: Path) -> None:
         for seed, nll in enumerate(([1.0, 4.0], [2.0, 5.0])):

@@ -318,7 +318,7 @@ def test_an_arm_that_always_diverges_needs_lower_rates(untuned: None) -> None:
         choose_rates(expand("mine"), 0)
 
 
-def test_one_rate_follows_beyond_an_end_at_most_twice_and_the_end_is_told(untuned: None) -> None:
+def test_one_rate_follows_beyond_an_end_at_most_twice_and_the_end_is_told(untuned: None, write_study_file) -> None:
     """LoRA gains at every higher rate, full fine-tuning at one higher rate and no more."""
     record_rates(lora=-0.1)
     rates = [json.loads(Path(f"results/mine/rates-{n}.json").read_text())["arms"]["lora"]["rates"] for n in range(3)]
@@ -332,6 +332,8 @@ def test_one_rate_follows_beyond_an_end_at_most_twice_and_the_end_is_told(untune
     assert study.rate("lora").best == 1.9e-4 and len(study.rate("lora").losses) == 5
     assert study.arms_at_an_end == ["lora"]
     assert study_facts(study, expand("mine").experiment.study)["at_an_end"] == "LoRA"
+    write_study_file(**TUNED, more_seeds={"lora": [6]})  # further seeds run at all five rates
+    assert len({expand("mine").runs[run].learning_rate for run in members("rates-lora")}) == 5
 
 
 def test_one_lucky_and_one_unlucky_seed_decide_nothing(untuned: None) -> None:

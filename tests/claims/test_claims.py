@@ -235,6 +235,8 @@ def test_a_benefit_that_does_not_matter_is_one_all_the_same() -> None:
     assert said == [(Verdict.HOLDS, ""), (Verdict.HOLDS, "by less than matters, 2")]
     none = Measurement(0.0, **NARROW | {"low": -0.1, "samples": (-0.1, 0.1, 0.0)}, matters=2)
     assert judge(Rule(better_by=0), none) == (Verdict.WRONG, "no difference that matters, within ±2")
+    untold = Measurement(1.0, **NARROW, matters=2, p_adjusted=0.1)
+    assert judge(Rule(better_by=0), untold) == judge(Rule(better_by=0), none)
 
 
 def test_an_open_verdict_says_what_would_decide() -> None:

@@ -95,6 +95,7 @@ def test_the_best_of_rates_with_shared_seeds_is_a_vertex_that_a_steep_rise_does_
 
     assert found(2.5e-3).value == found(2.5e-3, rise=5).value == pytest.approx(25)
     assert found(9e-4).evidence["best rate of lora"] == pytest.approx(3e-3 / 3**0.5)  # an end
+    assert judge(Rule(at_least=2), found(9e-4)) == (Verdict.OPEN, "the best rate of lora lies at an end of its rates")
     noisy = found(2.5e-3, noise=0.02)
     assert noisy.low < 25 < noisy.high < 2 * noisy.low and noisy.n == 8
     assert judge(Rule(at_least=15, at_most=40), noisy)[0] is Verdict.HOLDS

@@ -136,9 +136,9 @@ def test_lines_of_ladders_share_a_name_if_seeds_alone_differ(finished: str) -> N
 def test_sentences_follow_the_data(finished: str) -> None:
     runs, losses = read_runs(finished), pd.read_csv("results/mine/losses.csv")
     before = sentence("pareto", runs, losses)
-    assert "LoRA reached the lowest held-out loss" in before
+    assert "LoRA reached a held-out loss of" in before
     runs.loc[runs["label"] == "LoRA", "heldout_nll_nats_per_token"] = 0.123
-    assert "LoRA reached the lowest held-out loss, 0.123" in sentence("pareto", runs, losses)
+    assert "LoRA reached a held-out loss of 0.123" in sentence("pareto", runs, losses)
     for figure in ("memory", "throughput", "losses", "prediction", "ladder-rank"):
         assert len(sentence(figure, runs, losses)) > 60
     assert sentence("ladder-alpha", runs, losses) == NOTHING

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from peftscope.analysis.compare import Difference, Outcome
-from peftscope.analysis.scored import Scored
+from peftscope.analysis.scored import LOSS, Scored
 from peftscope.analysis.stats import sign_flip_p
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem, shown
@@ -34,10 +34,12 @@ class Pairing:
             lower scores are better all are negated, so that above zero A is better. Each has a row per seed and a
             column per item, or one column if items were not kept apart.
         tuning_error: The standard error that the choice of both learning rates adds.
+        is_over_rates: Whether the mean of each row is what a study at several rates has for that seed.
     """
 
     sides: tuple[np.ndarray, ...]
     tuning_error: float = 0.0
+    is_over_rates: bool = False
 
     @property
     def seeds(self) -> int:
@@ -161,7 +163,11 @@ def pair(a: Sequence[Scored], b: Sequence[Scored]) -> Pairing:
         said = f"{len(a)} and {len(b)} runs: one run does not show how far its seeds spread"
         raise InputError(Problem(title, said, "give one run of each, or several of each"))
     sign = -1 if a[0].lower_is_better else 1
-    pairing = Pairing(tuple(sign * _weighted(side, a[0]) for side in sides), tuning_error(a, b))
+    weighted = tuple(sign * _weighted(side, a[0]) for side in sides)
+    if judged := _pairs_of_study(a[0], b[0]):
+        values = np.array([judged[seed] for seed in common])
+        weighted = (weighted[0] + (values - weighted[0].mean(axis=1))[:, None],)
+    pairing = Pairing(weighted, tuning_error(a, b), is_over_rates=bool(judged))
     if pairing.seeds == pairing.items == 1:
         said = f"one score each, {a[0].score:.4g} and {b[0].score:.4g}: nothing shows how far chance moves them"
         raise InputError(Problem(title, said, "give scores of single items, or runs with more seeds"))
@@ -227,8 +233,17 @@ def check_items(one: Scored, other: Scored) -> None:
 
 def tuning_error(*sides: Sequence[Scored]) -> float:
     """Returns the standard error that the choice of the learning rates of a study's arms adds; 0 for other runs."""
-    arms = dict.fromkeys(side[0].study for side in sides if side[0].study)
+    arms = dict.fromkeys(side[0].study for side in sides if side[0].study and side[0].metric == LOSS)
     return math.hypot(*(StudyResults(study).tuning_error(arm) for study, arm in arms)) if arms else 0.0
+
+
+def _pairs_of_study(a: Scored, b: Scored) -> dict[int, float]:
+    """Returns by seed how far A is ahead if both are runs of one study's arms at several rates; otherwise nothing."""
+    if not (a.study and b.study and a.study[0] == b.study[0] and a.metric == LOSS):
+        return {}
+    study, arms = StudyResults(a.study[0]), (a.study[1], b.study[1])
+    seeds = sorted({*study.arm_runs(arms[0])["seed"]} & {*study.arm_runs(arms[1])["seed"]})
+    return dict(zip(seeds, study.pairs(*arms), strict=True)) if study.has_several_rates(*arms) else {}
 
 
 def _values(side: Sequence[Scored], first: Scored) -> np.ndarray:

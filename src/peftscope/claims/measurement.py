@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peftscope.analysis.study import StudyResults
 
 Quantity = float | int | bool | str
-WITHIN, POINTS = "smallest margin of sameness", "points of exact match"
+WITHIN, POINTS, TOKENS = "smallest margin of sameness", "points of exact match", "points of argmax tokens"
 """What the evidence on a comparison calls its bound, and its difference on the whole test split."""
 
 

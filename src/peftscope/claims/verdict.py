@@ -166,9 +166,10 @@ def judge(rule: Rule, measurement: Measurement, unit: str = "") -> tuple[Verdict
         corrected = measurement.p_adjusted
         matters = 0.0 if rule.better_by else measurement.matters
         is_small = matters > 0 and compare(measurement.samples, matters, measurement.tuning_error).is_same
-        if is_small and low <= 0 <= high:
+        is_untold = corrected is not None and corrected >= ALPHA
+        if is_small and (is_untold or low <= 0 <= high):
             return Verdict.WRONG, f"{OF_SIZE[1]}, within ±{_told(matters, unit)}"
-        if (low > 0 or high < 0) and corrected is not None and corrected >= ALPHA:
+        if is_untold and (low > 0 or high < 0):
             return Verdict.OPEN, f"the interval excludes 0, but p = {corrected:.3g} after the study's correction"
         if high < 0 or high < least:
             return Verdict.WRONG, ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,7 +131,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """Returns the findings on claims; what a file has measured is kept, but for the claims to measure anew."""
     from peftscope.claims.evaluate import check_key, evaluate
-    from peftscope.claims.ledger import read_history
+    from peftscope.claims.ledger import elsewhere, read_history
     from peftscope.claims.stored import read_findings, stored_measurements
     from peftscope.hardware.device import processor_name
 
@@ -138,7 +139,7 @@ def _measure(
     kept = [finding for finding in read_findings(reuse) if finding["id"] not in anew] if reuse else []
     hardware = {finding["id"]: finding["hardware"] for finding in kept}
     stored = stored_measurements(kept)
-    for part in (part for claim in ledger if claim.id in anew for part in claim.parts):
+    for part in (part for claim in ledger if claim.id in anew for part in chain(claim.parts, *elsewhere(claim))):
         stored.pop(check_key(part.check, part.with_), None)  # another claim may have it too
     with quiet_libraries(), offline():
         measured = with_progress(evaluate(chosen, stored), len(chosen), "measuring claims")

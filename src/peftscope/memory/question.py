@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.errors import InputError, Problem, close_match
+from peftscope.files.problems import problems_of
 from peftscope.hardware.cards import CUBLAS_BYTES, Gpu
 from peftscope.memory.base import Model
 from peftscope.memory.beside import BESIDE_OPTIONS, JOBS, Beside, check_beside, with_job
@@ -242,13 +243,11 @@ NOT_SDPA = {
 
 
 def _problems(error: ValidationError) -> list[Problem]:
-    problems = []
-    for item in error.errors():
-        names = [str(part).replace("as_trainer", "as") for part in item["loc"] if part not in ("method", *METHODS)]
-        where = ".".join(names) or "options"
-        got = "" if isinstance(item["input"], dict | list) or not names else f" (got {shown(item['input'])})"
-        problems.append(Problem(where, item["msg"].removeprefix("Value error, ") + got))
-    return problems
+    def place(location: tuple[int | str, ...]) -> str:
+        names = (str(part).replace("as_trainer", "as") for part in location if part not in ("method", *METHODS))
+        return ".".join(names) or "options"
+
+    return problems_of(error, place, set())
 
 
 def _check_model(model: Model, spec: RunSpec) -> None:

@@ -28,6 +28,7 @@ from peftscope.report.spoken import (
     spoken_moves,
     spoken_scope,
     spoken_verdict,
+    spoken_worlds,
 )
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
 from peftscope.words import capitalised, spoken_number
@@ -115,6 +116,8 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     known = "; ".join(way for way in ways if not any(other.startswith(f"{way},") for other in ways))
     scope = spoken_scope(finding)
     rest = scope.removeprefix(short).lstrip(",; ")
+    home = f"For {spoken_worlds(list(finding['in_worlds'])[:1])}: " if "in_worlds" in finding else ""
+    correction = home * bool(claim.correction) + claim.correction
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
         "claim": claim,
@@ -127,7 +130,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "also": others if others != "-" else "",
         "basis": capitalised("; ".join(filter(None, [known, rest]))) if known else rest and f"For {rest}",
         "worlds": worlds or {NO_WORLD},
-        "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
+        "instead": (correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),
         "decider": what_would_decide(claim, finding),
         "parts": [(part, interval(part)) for part in parts],

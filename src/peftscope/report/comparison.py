@@ -132,6 +132,8 @@ def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin:
     name = " pp" if unit == FRACTION else f" {unit}".rstrip()
     ahead = interval(pairing.mean, *difference.interval(), lambda v: signed(_scale(unit) * v, _form(unit)), name)
     yield f"A against B: {ahead} ({100 * CONFIDENCE:g} % interval), from {seen}. Above zero, A is better."
+    if pairing.is_over_rates:
+        yield "As its study judges it: without the best and the worst seed, and with rates chosen anew without each."
     differs = pairing.p < 1 - CONFIDENCE
     is_exact = pairing.seeds == 1 and int((pairing.by_item != 0).sum()) <= FEW
     exact = f" by exact sign flips, because {FEW} items or fewer differ" if is_exact else ""

@@ -90,7 +90,7 @@ def _at_several_rates(subject: str) -> dict[str, StudyResults]:
         if settings and settings.centres:
             with suppress(InputError):  # it has not run
                 if (study := StudyResults(name)).subject == subject:
-                    found |= dict.fromkeys(settings.arms, study)
+                    found |= {arm: study for arm in settings.arms if arm not in found or arm in found[arm].left_out}
     return found
 
 

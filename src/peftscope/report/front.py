@@ -102,6 +102,7 @@ def rests_on(findings: list[dict[str, Any]]) -> dict[str, Any]:
         "claims": len(findings),
         "trained": sum(row_of(finding) == next(iter(ROWS)) for finding in findings),
         "worlds": counted(len(worlds), "world"),
+        "models": len({world.partition(",")[0] for world in worlds}),
         "where": spoken_worlds(worlds),
         "base": settings.fixed["model"],
         "millions": round(shape.parameters / 1e6),

@@ -61,7 +61,8 @@ def _pareto(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
         return ""
     best, n = trained.loc[trained["heldout_nll"].idxmin()], int(trained["n"].min())
     untouched = f"{base['heldout_nll'].iloc[0]:.3f}" if len(base) else "not run"
-    said = f"Lower and further left is better: {best['label']} reached the lowest held-out loss, "
+    reached = "the lowest held-out loss," if len(trained) > 1 else "a held-out loss of"
+    said = f"Lower and further left is better: {best['label']} reached {reached} "
     said += f"{best['heldout_nll']:.3f} nats per token (the untouched base: {untouched})"
     (largest, most), (leanest, least) = _extremes(trained)
     if least != most:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peftscope.analysis.compare import MARGIN
-from peftscope.claims.measurement import POINTS, WITHIN
+from peftscope.claims.measurement import POINTS, TOKENS, WITHIN
 from peftscope.claims.verdict import OF_SIZE, UNDECIDED, Verdict
 from peftscope.words import listed, scale_of, spoken_number, spoken_quantity
 
@@ -38,8 +38,7 @@ def spoken_finding(finding: dict[str, Any], but: str = "") -> str:
         return measured(finding) + where
     if not re.search(r" (ahead of|behind)( |$)", answer):
         return f"{answer}{where}" + spread(finding)
-    points = finding["evidence"].get(POINTS)
-    more = f", {points} points of exact match" if points else ""
+    more = "".join(f", {points} {of}" for of in (POINTS, TOKENS) if (points := finding["evidence"].get(of)))
     if WITHIN in finding["evidence"] and not finding.get("matters"):  # each ran at one rate
         more += " at these rates"
     return f"{answer}{where}" + spread(finding, sides=True) + more
@@ -144,23 +143,41 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     'holds in part: holds for m on x; wrong for m on y'
     >>> spoken_verdict({"verdict": "holds", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "open"}})
     'holds in 1 of 2 worlds, open in 1'
+    >>> size = {"role": "assertion", "verdict": "wrong", "model": "m, x", "reason": "no difference that matters"}
+    >>> spoken_verdict({"verdict": "wrong", "worlds": [], "in_worlds": {"m, x": "wrong"}, "parts": [size]})
+    'wrong in 1 of 1 worlds: no difference that matters'
     """
     worlds, judged = len(finding["worlds"]), finding.get("in_worlds", {})
     if judged:
-        where: dict[str, list[str]] = {}
+        where: dict[Verdict, list[str]] = {}
         for world, verdict in judged.items():
-            where.setdefault(verdict, []).append(world)
+            where.setdefault(Verdict(verdict), []).append(world)
+        sizes = {verdict: _size_in(those, finding, verdict) for verdict, those in where.items()}
         if len({*decided(finding).values()}) > 1:
-            each = "; ".join(f"{verdict} for {spoken_worlds(those)}" for verdict, those in where.items())
-            return f"{finding['verdict']}: {each}"
-        mine = f"{finding['verdict']} in {len(where.pop(finding['verdict']))} of {len(judged)} worlds"
-        return ", ".join([mine, *(f"{verdict} in {len(those)}" for verdict, those in where.items())])
+            each = (
+                f"{verdict} for {spoken_worlds(those)}" + f" ({sizes[verdict]})" * bool(sizes[verdict])
+                for verdict, those in where.items()
+            )
+            return f"{finding['verdict']}: {'; '.join(each)}"
+        size = sizes[mine := Verdict(finding["verdict"])]
+        said = f"{mine} in {len(where.pop(mine))} of {len(judged)} worlds" + f": {size}" * bool(size)
+        return (";" if size else ",").join([said, *(f" {verdict} in {len(those)}" for verdict, those in where.items())])
     place = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
     if finding["verdict"] == Verdict.NOT_RUN:
         place = " in full" if any(part["found"] is not None for part in deciding(finding)) else ""
     reason = (key_part(finding) or {}).get("reason", "") if finding.get("parts") else ""
     is_told = finding["verdict"] in (Verdict.HOLDS, Verdict.WRONG) and reason.startswith(OF_SIZE)
     return finding["verdict"] + place + (f": {reason}" if is_told else "")
+
+
+def _size_in(worlds: Sequence[str], finding: dict[str, Any], verdict: Verdict) -> str:
+    """Returns what all parts that give a verdict in some worlds say of the size of a difference; empty if nothing."""
+    reasons = {
+        part["reason"]
+        for part in finding.get("parts", ())
+        if part["role"] != "beside" and part["verdict"] == verdict and part["model"] in worlds
+    }
+    return next(iter(reasons)) if len(reasons) == 1 and all(said.startswith(OF_SIZE) for said in reasons) else ""
 
 
 def spoken_worlds(worlds: Iterable[str]) -> str:

@@ -52,15 +52,18 @@ class CodeBook:
             levels = functional.get_4bit_type(name, device="cpu")
         self.levels = levels.unique()
 
-    def rounded(self, values: torch.Tensor, block: int) -> torch.Tensor:
+    def rounded(self, values: torch.Tensor, block: int, *, double: bool = False) -> torch.Tensor:
         """Returns the values after a round trip through the code, with bitsandbytes' kernels if it has them.
+
+        These quantise the constants too if ``double``.
 
         Values are flattened, because bitsandbytes 0.50 dequantises wrongly on CPUs with AVX-512 if a block crosses the
         end of a row.
         """
         if self.name not in ("nf4", "fp4") or block > LARGEST_OF_THE_KERNEL:
             return self.rounded_by_definition(values, block)
-        packed, state = functional.quantize_4bit(values.flatten(), blocksize=block, quant_type=self.name)
+        options = {"blocksize": block, "quant_type": self.name, "compress_statistics": double}
+        packed, state = functional.quantize_4bit(values.flatten(), **options)
         return functional.dequantize_4bit(packed, state).view_as(values)
 
     def rounded_by_definition(self, values: torch.Tensor, block: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer
 
 from peftscope.analysis.stats import median_interval
+from peftscope.claims.checks.codes import CodeBook
 from peftscope.claims.lora_subjects import nf4_layer
 from peftscope.claims.measurement import Measurement, geometric_mean_of, mean_of
 from peftscope.claims.subjects import fetched, fetched_model, weight_matrices
@@ -166,8 +167,7 @@ def _median(ratios: list[float], model: str, matrices: int) -> Measurement:
 
 def _nf4(weight: torch.Tensor) -> torch.Tensor:
     """Returns a matrix after a round trip through NF4."""
-    packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
-    return functional.dequantize_4bit(packed, state)
+    return CodeBook("nf4").rounded(weight, block=64)
 
 
 def _own_start(weight: torch.Tensor, rank: int, alpha: float, iterations: int) -> torch.Tensor:

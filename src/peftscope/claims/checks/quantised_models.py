@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from bitsandbytes import functional
 
 from peftscope.claims.checks.codes import CodeBook
 from peftscope.claims.measurement import Measurement, mean_of
@@ -81,16 +80,8 @@ def _rounded(model: Any, rounding: str) -> Any:
 def _rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     if name == UNTOUCHED:
         return lambda weight: weight
-    if name != DOUBLE:
-        book = CodeBook(name)
-        return lambda weight: book.rounded(weight, BLOCK)
-
-    def doubly(weight: torch.Tensor) -> torch.Tensor:
-        options = {"blocksize": BLOCK, "quant_type": "nf4", "compress_statistics": True}
-        packed, state = functional.quantize_4bit(weight.flatten(), **options)
-        return functional.dequantize_4bit(packed, state).view_as(weight)
-
-    return doubly
+    book = CodeBook("nf4" if name == DOUBLE else name)
+    return lambda weight: book.rounded(weight, BLOCK, double=name == DOUBLE)
 
 
 def _added(

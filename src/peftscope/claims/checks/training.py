@@ -18,10 +18,11 @@ from scipy.stats import rankdata
 from peftscope.analysis.beside_loss import beside_loss
 from peftscope.analysis.collect import paired
 from peftscope.analysis.compare import MARGIN, compare
-from peftscope.analysis.exact_match import ACCURACY, GREEDY, exact_match, has_whole_split, points
+from peftscope.analysis.exact_match import ACCURACY, ARGMAX, GREEDY, exact_match, has_whole_split, points
 from peftscope.analysis.stats import CONFIDENCE, mean_interval, sign_flip_p, trimmed_mean
 from peftscope.analysis.study import HELDOUT, VALIDATION, StudyResults
-from peftscope.claims.measurement import POINTS, WITHIN, Measurement, NotRunError, Quantity, over_seeds, runs_of
+from peftscope.claims.measurement import POINTS, TOKENS, WITHIN, Measurement, NotRunError, Quantity, over_seeds, runs_of
+from peftscope.data.tasks import symbols_of
 from peftscope.models.catalog import find_model
 from peftscope.words import interval, signed
 
@@ -84,7 +85,7 @@ def _over_rates(
         combine: Gives the logarithm of the quantity from those of the rates, of shape (arms, samples).
         finish: Gives the quantity from what ``combine`` gives.
     """
-    random, beside = np.random.default_rng(0), dict[str, Quantity]()
+    random, beside, ends = np.random.default_rng(0), dict[str, Quantity](), list[str]()
     if all(results.has_several_rates(arm) for arm in arms):
         runs = {name: results.rate_runs(name) for name in arms}
         losses = {name: results.losses_by_rate(name) for name in arms}
@@ -95,6 +96,7 @@ def _over_rates(
         draws = np.stack([_vertices(table, drawn) for table in losses.values()])
         best = np.stack([_vertices(table, np.arange(n)[None]) for table in losses.values()])
         means = {name: table.apply(trimmed_mean) for name, table in losses.items()}
+        ends = [name for name, mean in means.items() if mean.idxmin() in (mean.index[0], mean.index[-1])]
         kind = "held-out"
     else:
         runs = {name: results.tuning_runs(name) for name in arms}
@@ -117,6 +119,7 @@ def _over_rates(
         axes=("learning rate", f"{kind} loss, nats per token"),
         model=results.subject,
         run_ids=tuple(run for table in runs.values() for run in table["run_id"]),
+        spoiled_by=f"the best rate of {' and '.join(ends)} lies at an end of its rates" if ends else "",
     )
 
 
@@ -128,9 +131,11 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     differences = [value / results.task_gain for value in results.pairs(arm, against)]
     error = results.tuning_error(arm, against) / results.task_gain
     found = _over_seeds(results, differences, evidence, runs_of(results, arm, against), error)
-    if has_whole_split(results, arm, against) and (more := mean_interval(points(results, arm, against))):
+    is_listed = bool(symbols_of(results.table["task"].iloc[0]))  # hardly any answer is right as a whole
+    more = mean_interval(points(results, arm, against, ARGMAX if is_listed else ""))
+    if more and (is_listed or has_whole_split(results, arm, against)):
         told = interval(more.mean, more.low, more.high, lambda value: signed(value, ".1f"))
-        found = replace(found, evidence={**found.evidence, POINTS: told})
+        found = replace(found, evidence={**found.evidence, TOKENS if is_listed else POINTS: told})
     return replace(found, p_adjusted=results.corrected_p(arm, against), matters=_matters(results, arm, against))
 
 
