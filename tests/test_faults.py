@@ -99,11 +99,8 @@ def finish(folder: Path, name: str, limit: Callable[[], None] | None = None, fai
 def tables(folder: Path, name: str) -> dict[str, str]:
     """The experiment's tables without their times and the process's memory."""
     paths = [*(folder / "results" / name).glob("*.csv"), *(folder / "results" / name / "tables").glob("*.csv")]
-    return {path.name: without_times(pd.read_csv(path)) for path in sorted(paths)}
-
-
-def without_times(table: pd.DataFrame) -> str:
-    return table.loc[:, ~table.columns.str.contains(VARYING)].to_csv(index=False)
+    tables = {path.name: pd.read_csv(path) for path in sorted(paths)}
+    return {name: table.loc[:, ~table.columns.str.contains(VARYING)].to_csv() for name, table in tables.items()}
 
 
 def finished(folder: Path, name: str) -> dict[str, str]:

@@ -44,13 +44,9 @@ def section_of(*names: str) -> Section:
     return next(section for section in read_sections()[0] if list(reference_of(section).said) == list(names))
 
 
-def rows_of(section: Section) -> pd.DataFrame:
-    return table(section).set_index("method")
-
-
 def test_rows_have_the_numbers_and_the_words_of_their_study(compare_arms: Compare) -> None:
     compare_arms()
-    rows, study = rows_of(section_of("mine")), StudyResults("mine")
+    rows, study = table(section_of("mine")).set_index("method"), StudyResults("mine")
     own = readable_contrasts(contrasts(study), study.labels).set_index("arm")
     assert list(own.index) == ["LoRA", "LoRA, thin"]
     for arm in own.index:

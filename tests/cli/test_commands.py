@@ -103,11 +103,6 @@ def treatment(command: str) -> str:
     raise LookupError(f"no treatment for `{command}`: add it to the table")
 
 
-def is_slow(command: str) -> bool:
-    _, words = plain(command)
-    return not SLOW.isdisjoint(words)
-
-
 @pytest.fixture
 def run(peftscope: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], Path], tuple[int, str, str]]:
     """Runs a program, ours in this process: (exit code, stdout, stderr)."""
@@ -133,7 +128,9 @@ def test_a_command_that_nobody_thought_of_is_found() -> None:
         treatment("make coffee")
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.slow) if is_slow(c) else c for c in commands()])
+@pytest.mark.parametrize(
+    "command", [c if SLOW.isdisjoint(plain(c)[1]) else pytest.param(c, marks=pytest.mark.slow) for c in commands()]
+)
 def test_command(command: str, workspace: Path, repository: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     how = treatment(command)
     environment, words = plain(command)

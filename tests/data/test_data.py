@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +155,8 @@ def test_packing_changes_no_loss_and_no_gradient(attention: str, loss_path: str,
     assert together[0] == pytest.approx(apart[0], rel=1e-5)
     torch.testing.assert_close(together[1], apart[1], rtol=1e-3, atol=1e-5)
     # An attention that sees the neighbour gives another loss: the mask is what keeps examples apart.
-    seen = replace(pack([examples[:3], examples[3:]], 0), example_ids=torch.zeros(2, together_width(examples)).long())
+    packed = pack([examples[:3], examples[3:]], 0)
+    seen = replace(packed, example_ids=torch.zeros_like(packed.example_ids))
     assert gradients(seen, {"packing": True})[0] != pytest.approx(apart[0], rel=1e-3)
 
 
@@ -171,10 +171,6 @@ def test_examples_end_to_end_without_a_mask_have_each_its_own_loss(loss_path: st
     together = forward_loss(model, pack([examples[:3], examples[3:]], 0), flash, total).loss
     apart = [forward_loss(model, collate([example], 0), spec, total).loss for example in examples]
     assert together.item() == pytest.approx(sum(loss.item() for loss in apart), rel=1e-5)
-
-
-def together_width(examples: Sequence[Example]) -> int:
-    return max(sum(len(e.tokens) for e in row) for row in (examples[:3], examples[3:]))
 
 
 def test_packed_rows_are_full_and_hold_every_example_once() -> None:

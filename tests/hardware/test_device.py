@@ -53,17 +53,11 @@ def test_four_jobs_on_four_cards_get_one_each_and_the_fifth_waits(tmp_path: Path
 
 def test_jobs_of_three_cards_take_turns(tmp_path: Path) -> None:
     first, second = start(tmp_path, 3), start(tmp_path, 3)
-    ready = first if first_is_ready(first, second) else second
-    waiting = second if ready is first else first
+    (outlet, *_), _, _ = select.select([first.stdout, second.stdout], [], [], 60)
+    ready, waiting = (first, second) if outlet is first.stdout else (second, first)
     ready.communicate("\n")
     assert len(claimed(waiting)) == 3
     waiting.communicate("\n")
-
-
-def first_is_ready(first: subprocess.Popen[str], second: subprocess.Popen[str]) -> bool:
-    """Waits until one of them has its cards."""
-    (ready, *_), _, _ = select.select([first.stdout, second.stdout], [], [], 60)
-    return ready is first.stdout
 
 
 def test_what_a_scheduler_handed_out_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
