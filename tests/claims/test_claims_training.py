@@ -15,6 +15,7 @@ from ledger_parts import changed_part, claims, part_with, write_results
 
 from peftscope.analysis.exact_match import ACCURACY
 from peftscope.analysis.study import HELDOUT, VALIDATION
+from peftscope.claims import ledger
 from peftscope.claims.checks import answers, subspaces, training
 from peftscope.claims.evaluate import evaluate, evaluate_part
 from peftscope.claims.ledger import Change, Part
@@ -23,6 +24,7 @@ from peftscope.claims.stored import unexplained_changes
 from peftscope.claims.verdict import Rule, Verdict, judge
 from peftscope.layout import results_folder
 from peftscope.planning.published import ITEMS, RETENTION
+from peftscope.report import worlds
 from peftscope.report.spoken import spoken_finding, spoken_verdict
 from peftscope.report.worlds import WORLDS_FIGURE, show_worlds, world_answers
 
@@ -223,7 +225,9 @@ def test_claims_on_ranks_and_dora_flip_with_the_rates_and_the_losses_of_their_ar
         (0.2, "holds in 1 of 2 worlds, open in 1"),
     ],
 )
-def test_one_rule_judges_a_claim_in_every_world_that_has_run(there: float, said: str) -> None:
+def test_one_rule_judges_a_claim_in_every_world_that_has_run(
+    there: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def judged() -> dict[str, Any]:
         (finding,) = evaluate([claims()["P50"]])
         change = Change(claim="P50", date="2026-01-01", was="w", verdict="holds in part", became="b", why="w")
@@ -231,21 +235,26 @@ def test_one_rule_judges_a_claim_in_every_world_that_has_run(there: float, said:
         return finding.to_json("")
 
     write_losses({"r1": 0.1, "full": 0.2}, study="sums")
+    monkeypatch.setattr(ledger, "WORLDS", {"A": "sums"})  # what is published of others is not asked
     assert spoken_verdict(judged()) == "holds here (1 world)"
+    monkeypatch.setattr(ledger, "WORLDS", {"A": "sums", "B": "pronunciation"})
     write_losses({"r1": there, "full": 0.2}, study="pronunciation", task="words")
     found = judged()
     assert spoken_verdict(found) == said and " on toy, words (" in spoken_finding(found)
     assert not list(unexplained_changes([claims()["P50"]], [], [found]))
 
 
-def test_the_figure_of_worlds_has_a_column_for_each_that_answers_and_is_for_two_or_more() -> None:
+def test_the_figure_of_worlds_has_a_column_for_each_that_answers_and_is_for_two_or_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     Path("results/published").mkdir(parents=True)
-    said = []
+    said, asked = [], {}
     for study, losses in (("sums", {"full": 0.1}), ("pronunciation", {"full": 0.2, "r1": 0.3})):
         write_losses(losses, study=study, task=study)
         results_folder(study).rename((Path("results/published") / study).absolute())
+        monkeypatch.setattr(worlds, "WORLDS", asked := asked | {study: study})
         said.append(show_worlds())
-    assert said[0] == "" and "in toy, sums; in toy, pronunciation. The band is ±2.5 %" in said[1]
+    assert said[0] == "" and "for toy on sums and pronunciation. The band is ±2.5 %" in said[1]
     assert "feed-forward alone" in WORLDS_FIGURE.read_text()
     # Rank 1 is compared with full as well; what is forgotten less is in bits per byte.
     assert world_answers()["ahead"].tolist() == pytest.approx([11.17, 0.101, 0.05, -11.07, -11.13, 0.101], abs=0.006)

@@ -21,6 +21,7 @@ from peftscope.report.looks import MARKERS, SAFE_COLOURS
 from peftscope.report.rendering import asset, write_page
 from peftscope.report.spoken import (
     deciding,
+    judged_in,
     key_part,
     measured,
     own_scope,
@@ -116,8 +117,9 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     known = "; ".join(way for way in ways if not any(other.startswith(f"{way},") for other in ways))
     scope = spoken_scope(finding)
     rest = scope.removeprefix(short).lstrip(",; ")
-    home = f"For {spoken_worlds(list(finding['in_worlds'])[:1])}: " if "in_worlds" in finding else ""
-    correction = home * bool(claim.correction) + claim.correction
+    judged, correction = list(judged_in(finding)), claim.correction
+    if judged and correction:
+        correction = f"For {spoken_worlds(judged[:1])}: {correction}"
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
         "claim": claim,

@@ -65,7 +65,11 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         of_row = [finding for finding in findings if row_of(finding) == row]
         worlds = len({world for finding in of_row for world in finding["worlds"]})
         several = sum(len(decided(finding)) > 1 for finding in of_row)
-        told = row + f" in {counted(worlds, 'world')}" * (worlds > 0) + f" ({several} in two or more)" * (worlds > 1)
+        told = (
+            row
+            + f" in {counted(worlds, 'world')}" * (worlds > 0)
+            + f" ({several} decided in two or more)" * (worlds > 1)
+        )
         rows[told] = [Verdict(finding["verdict"]) for finding in of_row]
     _draw_bar({row: {verdict: verdicts.count(verdict) for verdict in COLOURS} for row, verdicts in rows.items()})
     words = "; ".join(
@@ -74,7 +78,7 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         if verdicts
     )
     lines = surprising(findings, surprises, PUBLISHED_REPORTS / "claims.md")[:MOST_SURPRISES]
-    figure = f" ![{said}]({WORLDS_FIGURE})" if (said := show_worlds()) else ""
+    figure = f"\n\n![{said}]({WORLDS_FIGURE})" if (said := show_worlds()) else ""
     shown = f"![{len(findings)} claims: {words}]({BAR}){figure}\n\n" + "\n".join(lines) + "\n"
     _show(BEGIN, shown, END)
     basis = rests_on(findings)

@@ -119,7 +119,7 @@ def spoken_scope(finding: dict[str, Any], short: bool = False) -> str:
     >>> spoken_scope(finding), spoken_scope(finding, short=True)
     ('m-1 on two-digit-sums and words, rank 8', 'm-1 on two-digit-sums and words')
     """
-    if not (judged := finding.get("in_worlds")):
+    if not (judged := judged_in(finding)):
         return short_scope(finding["scope"]) if short else str(finding["scope"])
     named = "|".join(world.replace("-", "[- ]").replace(", ", "(?:,| on) ") for world in judged)
     worlds = spoken_worlds(judged)
@@ -127,9 +127,15 @@ def spoken_scope(finding: dict[str, Any], short: bool = False) -> str:
     return worlds if short else said if found else f"{worlds}; {said}"
 
 
+def judged_in(finding: dict[str, Any]) -> dict[str, str]:
+    """Returns the verdicts on a claim by world, that of its own study first; empty if it was not judged in several."""
+    away = {part["model"] for part in finding.get("parts", ()) if part.get("elsewhere")}
+    return dict(sorted(finding.get("in_worlds", {}).items(), key=lambda judged: judged[0] in away))
+
+
 def decided(finding: dict[str, Any]) -> dict[str, str]:
     """Returns the verdicts on a claim in the worlds in which it was decided, if it was judged in several."""
-    return {world: said for world, said in finding.get("in_worlds", {}).items() if said not in UNDECIDED}
+    return {world: said for world, said in judged_in(finding).items() if said not in UNDECIDED}
 
 
 def spoken_verdict(finding: dict[str, Any]) -> str:
@@ -147,7 +153,7 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     >>> spoken_verdict({"verdict": "wrong", "worlds": [], "in_worlds": {"m, x": "wrong"}, "parts": [size]})
     'wrong in 1 of 1 worlds: no difference that matters'
     """
-    worlds, judged = len(finding["worlds"]), finding.get("in_worlds", {})
+    worlds, judged = len(finding["worlds"]), judged_in(finding)
     if judged:
         where: dict[Verdict, list[str]] = {}
         for world, verdict in judged.items():

@@ -17,6 +17,7 @@ from peftscope.errors import InputError
 from peftscope.layout import PUBLISHED_RESULTS
 from peftscope.planning.experiment import WORLDS
 from peftscope.report.plots import new_figure
+from peftscope.report.spoken import spoken_worlds
 
 QUESTIONS = {
     "full fine-tuning": ("full", "lora"),
@@ -81,7 +82,8 @@ def show_worlds() -> str:
         panels[0][0].set_ylim(len(QUESTIONS) - 0.5, -0.5)
     ahead = "How far each arm ends ahead of LoRA of rank 8, or of the named one, at its best rate, with 95 % intervals"
     last = "The last row says how much less full fine-tuning forgets of English prose at the same loss on the task"
-    return f"{ahead}, in {'; in '.join(worlds)}. The band is ±{100 * MARGIN:g} %, which counts as the same. {last}."
+    band = f"The band is ±{100 * MARGIN:g} %, which counts as the same. Where a row is empty, an arm has not run"
+    return f"{ahead}, for {spoken_worlds(worlds)}. {band}. {last}."
 
 
 def _draw(axes: Axes, rows: pd.DataFrame) -> None:
