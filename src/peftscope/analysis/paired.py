@@ -164,7 +164,7 @@ def pair(a: Sequence[Scored], b: Sequence[Scored]) -> Pairing:
         raise InputError(Problem(title, said, "give one run of each, or several of each"))
     sign = -1 if a[0].lower_is_better else 1
     weighted = tuple(sign * _weighted(side, a[0]) for side in sides)
-    if judged := _pairs_of_study(a[0], b[0]):
+    if judged := _pairs_of_study(a, b):
         values = np.array([judged[seed] for seed in common])
         weighted = (weighted[0] + (values - weighted[0].mean(axis=1))[:, None],)
     pairing = Pairing(weighted, tuning_error(a, b), is_over_rates=bool(judged))
@@ -237,11 +237,12 @@ def tuning_error(*sides: Sequence[Scored]) -> float:
     return math.hypot(*(StudyResults(study).tuning_error(arm) for study, arm in arms)) if arms else 0.0
 
 
-def _pairs_of_study(a: Scored, b: Scored) -> dict[int, float]:
+def _pairs_of_study(a: Sequence[Scored], b: Sequence[Scored]) -> dict[int, float]:
     """Returns by seed how far A is ahead if both are runs of one study's arms at several rates; otherwise nothing."""
-    if not (a.study and b.study and a.study[0] == b.study[0] and a.metric == LOSS):
+    (first, *others), (second, *more) = ({run.study for run in side} for side in (a, b))
+    if others or more or not (first and second and first[0] == second[0] and a[0].metric == LOSS):
         return {}
-    study, arms = StudyResults(a.study[0]), (a.study[1], b.study[1])
+    study, arms = StudyResults(first[0]), (first[1], second[1])
     seeds = sorted({*study.arm_runs(arms[0])["seed"]} & {*study.arm_runs(arms[1])["seed"]})
     return dict(zip(seeds, study.pairs(*arms), strict=True)) if study.has_several_rates(*arms) else {}
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Quantity = float | int | bool | str
 WITHIN, POINTS, TOKENS = "smallest margin of sameness", "points of exact match", "points of argmax tokens"
-"""What the evidence on a comparison calls its bound, and its difference on the whole test split."""
+"""What the evidence on a comparison calls its bound, and its differences in answers and in their tokens."""
 
 
 class NotRunError(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,21 +153,22 @@ def expand(name: str, device: Device = "cpu", *, assume_rates: bool = False) -> 
 def _add_study(expansion: _Expansion, name: str, experiment: Experiment, study: Study, assume_rates: bool) -> None:
     """Adds what of a study is known: the listed rates, those at which arms run, and the runs at the best of them."""
 
-    def chosen(path: Path, stage: str, of_all: bool = False) -> dict[str, dict[str, Any]]:
-        """Returns what a file says of each arm, if it says so from runs of the stage, or ``of_all`` that it has now."""
+    def chosen(path: Path, stage: str, fits: Callable[[set[str], set[str]], bool] = set.__eq__) -> dict[str, Any]:
+        """Returns what a file says of each arm, if the runs that it says so from fit those that the stage has now."""
         arms = json.loads(path.read_text())["arms"] if path.is_file() else {}
         return {
             arm: said
             for arm, said in arms.items()
-            if (runs := {*said.get("chosen_from", ())}) and runs <= {*expansion.members(stage + arm)}
-            if not of_all or len(runs) == len(expansion.members(stage + arm))
+            if fits({*said.get("chosen_from", ())}, {*expansion.members(stage + arm)})
         }
 
     tuned = [entrant for entrant in study.entrants if entrant.arm in study.learning_rates]
     expansion.add(tuning_cells(study))
     expansion.check_study(study)
     for number in range(ROUNDS):
-        found = chosen(rates_path(name, number), RATES if number else TUNING, of_all=not number)
+        # Further seeds leave the rates that were added as they are.
+        stage, fits = (RATES, set.issubset) if number else (TUNING, set.__eq__)
+        found = chosen(rates_path(name, number), stage, fits)
         rates = {arm: said["rates"] for arm, said in found.items()}
         if assume_rates and not number:
             rates = {entrant.name: _middle_rates(study, entrant) for entrant in tuned} | rates
@@ -175,9 +176,7 @@ def _add_study(expansion: _Expansion, name: str, experiment: Experiment, study: 
     best: dict[str, float | None] = dict.fromkeys((entrant.name for entrant in tuned), None)
     if assume_rates:
         best |= {entrant.name: _middle_rates(study, entrant)[1] for entrant in tuned}
-    best |= {
-        arm: said["learning_rate"] for arm, said in chosen(tuned_path(name), RATES, of_all=True).items() if arm in best
-    }
+    best |= {arm: said["learning_rate"] for arm, said in chosen(tuned_path(name), RATES).items() if arm in best}
     expansion.add(arm_cells(experiment, study, study.rates_beside(best) | best))
 
 

@@ -65,11 +65,8 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         of_row = [finding for finding in findings if row_of(finding) == row]
         worlds = len({world for finding in of_row for world in finding["worlds"]})
         several = sum(len(decided(finding)) > 1 for finding in of_row)
-        told = (
-            row
-            + f" in {counted(worlds, 'world')}" * (worlds > 0)
-            + f" ({several} decided in two or more)" * (worlds > 1)
-        )
+        told = row + f" in {counted(worlds, 'world')}" * (worlds > 0)
+        told += f" ({several} decided in two or more)" * (worlds > 1)
         rows[told] = [Verdict(finding["verdict"]) for finding in of_row]
     _draw_bar({row: {verdict: verdicts.count(verdict) for verdict in COLOURS} for row, verdicts in rows.items()})
     words = "; ".join(

@@ -150,40 +150,34 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     >>> spoken_verdict({"verdict": "holds", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "open"}})
     'holds in 1 of 2 worlds, open in 1'
     >>> size = {"role": "assertion", "verdict": "wrong", "model": "m, x", "reason": "no difference that matters"}
-    >>> spoken_verdict({"verdict": "wrong", "worlds": [], "in_worlds": {"m, x": "wrong"}, "parts": [size]})
-    'wrong in 1 of 1 worlds: no difference that matters'
+    >>> said = {"m, x": "wrong", "m, y": "open"}
+    >>> spoken_verdict({"verdict": "wrong", "worlds": [], "in_worlds": said, "parts": [size]})
+    'wrong (no difference that matters) in 1 of 2 worlds, open in 1'
     """
     worlds, judged = len(finding["worlds"]), judged_in(finding)
     if judged:
-        where: dict[Verdict, list[str]] = {}
+        where: dict[str, list[str]] = {}
         for world, verdict in judged.items():
-            where.setdefault(Verdict(verdict), []).append(world)
-        sizes = {verdict: _size_in(those, finding, verdict) for verdict, those in where.items()}
+            where.setdefault(verdict, []).append(world)
+        told = {verdict: verdict + _size_in(those, finding, verdict) for verdict, those in where.items()}
         if len({*decided(finding).values()}) > 1:
-            each = (
-                f"{verdict} for {spoken_worlds(those)}" + f" ({sizes[verdict]})" * bool(sizes[verdict])
-                for verdict, those in where.items()
-            )
-            return f"{finding['verdict']}: {'; '.join(each)}"
-        size = sizes[mine := Verdict(finding["verdict"])]
-        said = f"{mine} in {len(where.pop(mine))} of {len(judged)} worlds" + f": {size}" * bool(size)
-        return (";" if size else ",").join([said, *(f" {verdict} in {len(those)}" for verdict, those in where.items())])
+            each = "; ".join(f"{told[verdict]} for {spoken_worlds(those)}" for verdict, those in where.items())
+            return f"{finding['verdict']}: {each}"
+        mine = f"{told[finding['verdict']]} in {len(where.pop(finding['verdict']))} of {len(judged)} worlds"
+        return ", ".join([mine, *(f"{verdict} in {len(those)}" for verdict, those in where.items())])
     place = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
     if finding["verdict"] == Verdict.NOT_RUN:
         place = " in full" if any(part["found"] is not None for part in deciding(finding)) else ""
-    reason = (key_part(finding) or {}).get("reason", "") if finding.get("parts") else ""
+    reason = (key_part(finding) or {}).get("reason", "")
     is_told = finding["verdict"] in (Verdict.HOLDS, Verdict.WRONG) and reason.startswith(OF_SIZE)
     return finding["verdict"] + place + (f": {reason}" if is_told else "")
 
 
-def _size_in(worlds: Sequence[str], finding: dict[str, Any], verdict: Verdict) -> str:
-    """Returns what all parts that give a verdict in some worlds say of the size of a difference; empty if nothing."""
-    reasons = {
-        part["reason"]
-        for part in finding.get("parts", ())
-        if part["role"] != "beside" and part["verdict"] == verdict and part["model"] in worlds
-    }
-    return next(iter(reasons)) if len(reasons) == 1 and all(said.startswith(OF_SIZE) for said in reasons) else ""
+def _size_in(worlds: Sequence[str], finding: dict[str, Any], verdict: str) -> str:
+    """Returns in brackets what all parts that give a verdict in some worlds say of a difference's size, if they do."""
+    parts = [part for part in deciding(finding) if part["verdict"] == verdict and part["model"] in worlds]
+    reasons = {part["reason"] for part in parts}
+    return f" ({parts[0]['reason']})" if len(reasons) == 1 and parts[0]["reason"].startswith(OF_SIZE) else ""
 
 
 def spoken_worlds(worlds: Iterable[str]) -> str:
@@ -215,4 +209,4 @@ def told(finding: dict[str, Any], statement: str) -> list[str]:
 
 def deciding(finding: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the parts of a finding that decide."""
-    return [part for part in finding["parts"] if part["role"] != "beside"]
+    return [part for part in finding.get("parts", ()) if part["role"] != "beside"]

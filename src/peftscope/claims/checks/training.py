@@ -132,8 +132,8 @@ def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     error = results.tuning_error(arm, against) / results.task_gain
     found = _over_seeds(results, differences, evidence, runs_of(results, arm, against), error)
     is_listed = bool(symbols_of(results.table["task"].iloc[0]))  # hardly any answer is right as a whole
-    more = mean_interval(points(results, arm, against, ARGMAX if is_listed else ""))
-    if more and (is_listed or has_whole_split(results, arm, against)):
+    of_all = is_listed or has_whole_split(results, arm, against)
+    if of_all and (more := mean_interval(points(results, arm, against, ARGMAX if is_listed else ""))):
         told = interval(more.mean, more.low, more.high, lambda value: signed(value, ".1f"))
         found = replace(found, evidence={**found.evidence, TOKENS if is_listed else POINTS: told})
     return replace(found, p_adjusted=results.corrected_p(arm, against), matters=_matters(results, arm, against))
