@@ -35,6 +35,9 @@ MIB = 2**20
 def test_a_library_without_memory_is_out_of_memory() -> None:
     """oneDNN and others throw C++'s own error, which torch hands on as a RuntimeError."""
     assert is_out_of_memory(RuntimeError("std::bad_alloc"))
+    assert is_out_of_memory(RuntimeError("[enforce fail a"))
+    assert not is_out_of_memory(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"))
+    assert not is_out_of_memory(RuntimeError(""))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

@@ -163,4 +163,6 @@ def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that the card or the host is out of memory."""
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in words)
+    # Where nothing at all is left, torch has no memory for its own message either, and cuts it after 15 characters.
+    cut = "[enforce fail at alloc_cpu.cpp".startswith(str(error)[:30] or "?")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or cut or any(part in str(error) for part in words)
