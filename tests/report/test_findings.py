@@ -48,7 +48,7 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
     assert page.index("**S6**") < page.index("**S34**") < page.index("Not run, or not in full: [S97](claims.md#S97)")
     assert "\n\n*In doubt.* The rates are too low.\n\n*A larger model (not tested).*" in page
     assert "**Wrong**" in page and "**Holds**" in page and "Words are many. *What would test it.*" in page
-    assert "; wrong for m on words**" in page and "2 claims on training" in page and "them: wrong in 2 of 3" in page
+    assert "; wrong on words with m**" in page and "2 claims on training" in page and "them: wrong in 2 of 3" in page
     (row,) = [line for line in page.splitlines() if line.startswith("| variants-60 |")]
     for finding in findings:
         if any(p["with"].get("study") == "variants-60" and p["role"] != "beside" for p in finding["parts"]):
@@ -161,7 +161,7 @@ def test_numbers_of_several_models_have_their_own_scopes(repository: Path, in_re
     trained = next(part for part in findings["S42"]["parts"] if part["kind"] == "training" and part["role"] != "beside")
     there = trained | {"elsewhere": True, "model": "m, words"}
     with_another_world = spoken_finding({"parts": [*findings["S42"]["parts"], there]})
-    assert with_another_world == f"{of_two}; {spoken_finding(there)}" and "on m, words" in with_another_world
+    assert with_another_world == f"{of_two}; {spoken_finding(there)}" and "on words with m" in with_another_world
 
 
 def test_a_comparison_of_the_same_runs_has_the_same_words_in_every_study(in_repository: None) -> None:

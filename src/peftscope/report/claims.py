@@ -24,12 +24,12 @@ from peftscope.report.spoken import (
     judged_in,
     key_part,
     measured,
+    on_world,
     own_scope,
     spoken_finding,
     spoken_moves,
     spoken_scope,
     spoken_verdict,
-    spoken_worlds,
 )
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
 from peftscope.words import capitalised, spoken_number
@@ -113,13 +113,17 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     short = (own_scope(key, finding) if key else "") or spoken_scope(finding, short=True)
     others = spoken_finding(finding, but=said)
     worlds = {part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None}
-    ways = (finding["known"].replace(f" on {min(worlds)}", "") if len(worlds) == 1 else finding["known"]).split("; ")
+    known = finding["known"]
+    for world in worlds:
+        known = known.replace(f" on {world}", on_world(world) if len(worlds) > 1 else "")
+    ways = known.split("; ")
     known = "; ".join(way for way in ways if not any(other.startswith(f"{way},") for other in ways))
+    known = known.replace("; trained, ", "; ")
     scope = spoken_scope(finding)
     rest = scope.removeprefix(short).lstrip(",; ")
     judged, correction = list(judged_in(finding)), claim.correction
     if judged and correction:
-        correction = f"For {spoken_worlds(judged[:1])}: {correction}"
+        correction = f"{capitalised(on_world(judged[0]).lstrip())}: {correction}"
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
         "claim": claim,
@@ -142,7 +146,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
 
 
 def _elsewhere(part: dict[str, Any]) -> str:
-    return f" ({part['model']})" if part.get("elsewhere") else ""
+    return on_world(part["model"]) if part.get("elsewhere") else ""
 
 
 def _figure(name: str, part: dict[str, Any]) -> Markup:

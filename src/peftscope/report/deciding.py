@@ -18,7 +18,7 @@ from peftscope.planning.estimate import estimate_seconds
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.planning.forecast import Forecaster
 from peftscope.planning.sweep import expand
-from peftscope.report.spoken import deciding
+from peftscope.report.spoken import deciding, on_world
 from peftscope.words import spoken_time
 
 RUNS_AT_ONCE = 2
@@ -102,7 +102,7 @@ def _further_seeds(part: dict[str, Any]) -> str:
     study = StudyResults(part["with"]["study"])
     arms = [arm for arm in arms_named_in(part["with"]) if arm in study.arms]
     more = int(pairs[1]) - part["n"]
-    world = f" on {part['model']}" if part.get("elsewhere") else ""
+    world = on_world(part["model"]) if part.get("elsewhere") else ""
     runs = {arm: more * study.rate_runs(arm)["learning_rate"].nunique() for arm in arms}
     return f"{more} further seeds{world}, {_price(study.name, runs)}"
 

@@ -11,6 +11,8 @@ from peftscope.claims.measurement import POINTS, TOKENS, WITHIN
 from peftscope.claims.verdict import OF_SIZE, UNDECIDED, Verdict
 from peftscope.words import listed, scale_of, spoken_number, spoken_quantity
 
+NAMES = {"smollm2-135m": "SmolLM2-135M", "gemma-3-270m": "Gemma-3-270M", "two-digit-sums": "two-digit sums"}
+"""Models and tasks as prose writes them, where the catalogues name them otherwise. The first is the base of studies."""
 MOST_WORDS = 5
 """The most words of a scope in the one sentence on a claim."""
 
@@ -33,7 +35,7 @@ def spoken_finding(finding: dict[str, Any], but: str = "") -> str:
         return "; ".join(dict.fromkeys(told)) or "-"
     if finding["found"] is None:
         return "-"
-    where = f" on {finding['model']}" if finding.get("elsewhere") else ""
+    where = on_world(finding["model"]) if finding.get("elsewhere") else ""
     if not (answer := finding.get("answer")):
         return measured(finding) + where
     if not re.search(r" (ahead of|behind)( |$)", answer):
@@ -53,7 +55,7 @@ def own_scope(part: dict[str, Any], finding: dict[str, Any]) -> str:
     if part.get("elsewhere") or len({one["model"] for one in parts}) < 2:
         return ""
     is_trained = any(one["kind"] == "training" for one in parts)
-    return short_scope(part["scope"] or part["model"]) if is_trained else ""
+    return short_scope(part["scope"] or spoken_worlds([part["model"]])) if is_trained else ""
 
 
 def measured(part: dict[str, Any]) -> str:
@@ -115,15 +117,15 @@ def short_scope(scope: str) -> str:
 def spoken_scope(finding: dict[str, Any], short: bool = False) -> str:
     """Returns for what a verdict holds, or the first words of that; the worlds of a claim that was judged in several.
 
-    >>> finding = {"scope": "M-1, two-digit sums, rank 8", "in_worlds": {"m-1, two-digit-sums": "", "m-1, words": ""}}
+    >>> finding = {"scope": "m-1, two-digit sums, rank 8", "in_worlds": {"m-1, two-digit-sums": "", "m-1, words": ""}}
     >>> spoken_scope(finding), spoken_scope(finding, short=True)
-    ('m-1 on two-digit-sums and words, rank 8', 'm-1 on two-digit-sums and words')
+    ('m-1 on two-digit sums and words, rank 8', 'm-1 on two-digit sums and words')
     """
     if not (judged := judged_in(finding)):
         return short_scope(finding["scope"]) if short else str(finding["scope"])
-    named = "|".join(world.replace("-", "[- ]").replace(", ", "(?:,| on) ") for world in judged)
+    named = "|".join(spoken_worlds([world]).replace(" on ", "(?:,| on) ") for world in judged)
     worlds = spoken_worlds(judged)
-    said, found = re.subn(named, worlds, finding["scope"], count=1, flags=re.IGNORECASE)
+    said, found = re.subn(named, worlds, finding["scope"], count=1)
     return worlds if short else said if found else f"{worlds}; {said}"
 
 
@@ -146,7 +148,7 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     >>> spoken_verdict({"verdict": "holds", "worlds": ["smollm2-135m, two-digit-sums"]})
     'holds here (1 world)'
     >>> spoken_verdict({"verdict": "holds in part", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "wrong"}})
-    'holds in part: holds for m on x; wrong for m on y'
+    'holds in part: holds on x with m; wrong on y with m'
     >>> spoken_verdict({"verdict": "holds", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "open"}})
     'holds in 1 of 2 worlds, open in 1'
     >>> size = {"role": "assertion", "verdict": "wrong", "model": "m, x", "reason": "no difference that matters"}
@@ -161,8 +163,8 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
             where.setdefault(verdict, []).append(world)
         told = {verdict: verdict + _size_in(those, finding, verdict) for verdict, those in where.items()}
         if len({*decided(finding).values()}) > 1:
-            each = "; ".join(f"{told[verdict]} for {spoken_worlds(those)}" for verdict, those in where.items())
-            return f"{finding['verdict']}: {each}"
+            each = [told[verdict] + listed(map(on_world, those), last=" and") for verdict, those in where.items()]
+            return f"{finding['verdict']}: {'; '.join(each)}"
         mine = f"{told[finding['verdict']]} in {len(where.pop(finding['verdict']))} of {len(judged)} worlds"
         return ", ".join([mine, *(f"{verdict} in {len(those)}" for verdict, those in where.items())])
     place = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
@@ -180,15 +182,25 @@ def _size_in(worlds: Sequence[str], finding: dict[str, Any], verdict: str) -> st
     return f" ({parts[0]['reason']})" if len(reasons) == 1 and parts[0]["reason"].startswith(OF_SIZE) else ""
 
 
+def on_world(world: str) -> str:
+    """Returns a world as it ends a phrase: its task, and its model if that is not the base of most studies.
+
+    >>> on_world("smollm2-135m, two-digit-sums"), on_world("gemma-3-270m, pronunciation")
+    (' on two-digit sums', ' on pronunciation with Gemma-3-270M')
+    """
+    model, _, task = (NAMES.get(name, name) for name in world.partition(", "))
+    return f" on {task or model}" + f" with {model}" * bool(task and model != next(iter(NAMES.values())))
+
+
 def spoken_worlds(worlds: Iterable[str]) -> str:
     """Returns worlds, each a model with a task, in words: the tasks of one model together.
 
     >>> spoken_worlds(["m-1, two-digit-sums", "m-1, pronunciation", "m-2, pronunciation"])
-    'm-1 on two-digit-sums and pronunciation, and m-2 on pronunciation'
+    'm-1 on two-digit sums and pronunciation, and m-2 on pronunciation'
     """
     tasks: dict[str, list[str]] = {}
     for world in worlds:
-        model, _, task = world.partition(", ")
+        model, _, task = (NAMES.get(name, name) for name in world.partition(", "))
         tasks.setdefault(model, []).extend([task] * bool(task))
     on = [f"{model} on {listed(names, last=' and ')}" if names else model for model, names in tasks.items()]
     return listed(on, last=", and ")
@@ -197,7 +209,7 @@ def spoken_worlds(worlds: Iterable[str]) -> str:
 def spoken_moves(finding: dict[str, Any]) -> str:
     """Returns a sentence on what moved the verdict after its result was seen; or nothing."""
     before = ", ".join(f"“{move['from']}” until {move['date']}" for move in finding["moved"])
-    return before and f"Before what decides it was changed, after the result: {before}."
+    return before and f"Its rule changed after the result: {before}."
 
 
 def told(finding: dict[str, Any], statement: str) -> list[str]:

@@ -55,11 +55,11 @@ def draw_tuning(path: Path, study: StudyResults) -> None:
                 axes.plot(list(rate.losses), list(rate.losses.values()), "o-", ms=4, color=colour)
                 if shown == arm:
                     axes.plot(rate.best, rate.losses[rate.best], "o", ms=10, mfc="none", mec=colour, mew=1.6)
-            axes.set(xscale="log", yscale="log")
+            axes.set(xscale="log", yscale="log", ymargin=0.12)  # the lowest points have a ring
             axes.set_title(fill(study.labels[arm], LABEL_WIDTH), fontsize="medium")
             plain_ticks(axes.yaxis)
         panels[0, 0].figure.supxlabel("learning rate")
-        panels[0, 0].figure.supylabel("NLL (nats/token)" if columns == 1 else "NLL (nats per response token)")
+        panels[0, 0].figure.supylabel("NLL (nats/token)" if rows == 1 else "NLL (nats per response token)")
 
 
 def draw_differences(axes: plt.Axes, study: StudyResults) -> None:

@@ -77,7 +77,7 @@ def show_worlds() -> str:
                 _draw(axes, table[table["world"] == world].set_index("question").reindex(list(questions)))
         for axes, below, world in zip(*panels, worlds, strict=True):
             axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="0.5", alpha=0.25, linewidth=0)
-            axes.set(title=world.replace(", ", "\n"), xlabel="% of the task gain")
+            axes.set(title=spoken_worlds([world]).replace(" on ", "\n"), xlabel="% of the task gain")
             below.set(xlabel="bits per byte")
         panels[0][0].set_ylim(len(QUESTIONS) - 0.5, -0.5)
     ahead = "How far each arm ends ahead of LoRA of rank 8, or of the named one, at its best rate, with 95 % intervals"
