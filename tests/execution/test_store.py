@@ -15,10 +15,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run_here
-from typer.testing import CliRunner
 
 from peftscope.analysis.weights import weights_path
-from peftscope.cli.main import app
 from peftscope.errors import InputError
 from peftscope.execution.job import lacks_kept
 from peftscope.execution.merge import find_run
@@ -89,9 +87,8 @@ def test_a_run_of_two_experiments_is_one_job(own: Any) -> None:
         workflow.spec(SimpleNamespace(run_id="lora-none"))
 
 
-def test_published_runs_are_few_small_whole_files(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_runs_are_few_small_whole_files(in_repository: None, peftscope) -> None:
     experiment = "all-methods"
-    monkeypatch.chdir(repository)
     files = [path for path in (PUBLISHED_RESULTS / experiment).rglob("*") if path.is_file()]
     assert 10 < len(files) <= 20 and max(path.stat().st_size for path in files) < LARGEST_BYTES
     items = published_items(experiment)
@@ -100,8 +97,7 @@ def test_published_runs_are_few_small_whole_files(repository: Path, monkeypatch:
         assert record.run_id == run
         if "items.jsonl" in record.files:
             assert hashlib.sha256(items[run].encode()).hexdigest() == record.files["items.jsonl"]
-    result = CliRunner().invoke(app, ["records", experiment])
-    lines = [json.loads(line) for line in result.output.splitlines()]
+    lines = [json.loads(line) for line in peftscope("records", experiment)[1].splitlines()]
     assert [line["run_id"] for line in lines] == list(published_records(experiment))
 
 
@@ -197,13 +193,12 @@ study:
 
 
 @pytest.mark.slow
-def test_measured_weights_stand_on_the_page_and_come_back_from_published_files(own: Any) -> None:
+def test_measured_weights_stand_on_the_page_and_come_back_from_published_files(own: Any, peftscope) -> None:
     own("mine", SHORT + "seeds: [0]\naxes: {method: [lora, full]}\nkeep_at: [0.5, 1]\n")
     plan = plan_experiment("mine")
     for identity, spec in plan.sweep.runs.items():
         run_here(spec, run_folder(identity), keep_at=plan.keep_at(identity))
-    result = CliRunner().invoke(app, ["report", "mine"])
-    assert result.exit_code == 0, result.output
+    assert peftscope("report", "mine")[0] == 0
     assert (results_folder("mine") / "figures" / "updates.svg").read_text().count("<use") > 3
     page = html.unescape(report_path("mine").read_text())
     assert re.search(r"hold 90 % of its energy: [\d.]+ \(LoRA\), [\d.]+ \(full fine-tuning\)", page)
@@ -216,7 +211,6 @@ def test_measured_weights_stand_on_the_page_and_come_back_from_published_files(o
     for identity in plan.run_ids:
         shutil.rmtree(run_folder(identity))
     assert restore("mine") == 2
-    again = CliRunner().invoke(app, ["report", "mine"])
-    assert again.exit_code == 0, again.output
+    assert peftscope("report", "mine")[0] == 0
     restored = pd.read_parquet(weights_path(results_folder("mine")))
     pd.testing.assert_frame_equal(restored, table, check_dtype=False)

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import run_here
-from typer.testing import CliRunner
 
-from peftscope.cli.main import app
 from peftscope.errors import InputError
 from peftscope.execution.verify import choose_published, compare_records, repeat_runs
 from peftscope.layout import PUBLISHED_RESULTS, run_folder
@@ -22,17 +20,17 @@ SHORT = "fixed: {model: toy, steps: 2, batch_size: 4, heldout_items: 8, generati
 
 
 @pytest.fixture
-def published(own: Any) -> RunRecord:
+def published(own: Any, peftscope) -> RunRecord:
     """An experiment `mine` with one published run, which ran in a process of its own."""
     own("mine", SHORT + "runs: [{method: lora}]\n")
-    assert CliRunner().invoke(app, ["sweep", "mine"]).exit_code == 0
+    assert peftscope("sweep", "mine")[0] == 0
     (identity,) = expand("mine").runs
     write_runs(PUBLISHED_RESULTS / "mine", [run_folder(identity)])
     return read_record(run_folder(identity) / "record.json")
 
 
 @pytest.mark.slow
-def test_a_run_gives_its_published_numbers_again_and_others_fail(published: RunRecord) -> None:
+def test_a_run_gives_its_published_numbers_again_and_others_fail(published: RunRecord, peftscope) -> None:
     (repeat,) = repeat_runs(choose_published(["mine"], None, 0))
     assert repeat.run == published.run_id and repeat.is_equal and not repeat.elsewhere
     assert set(repeat.equal) == {"losses", "scores", "answers", "weights", "peaks", "batches"}
@@ -41,21 +39,20 @@ def test_a_run_gives_its_published_numbers_again_and_others_fail(published: RunR
     published.train_nll[1] *= 1 + 1e-6
     write_record(run_folder(published.run_id) / "record.json", published)
     write_runs(PUBLISHED_RESULTS / "mine", [run_folder(published.run_id)])
-    found = CliRunner().invoke(app, ["verify", "mine", "--runs", "1"])
-    assert found.exit_code == 1
-    assert "within 1.0e-06" in found.output and "differ although the machine" in found.output
+    code, *said = peftscope("verify", "mine", "--runs", "1")
+    assert code == 1 and "within 1.0e-06" in "".join(said) and "differ although the machine" in "".join(said)
 
 
 @pytest.mark.slow
-def test_a_run_that_starts_from_another_needs_its_weights(own: Any) -> None:
+def test_a_run_that_starts_from_another_needs_its_weights(own: Any, peftscope) -> None:
     own("mine", SHORT + "runs: [{method: lora, start_from: {steps: 3}}]\n")
-    assert CliRunner().invoke(app, ["sweep", "mine"]).exit_code == 0
+    assert peftscope("sweep", "mine")[0] == 0
     start, run = (run for run in expand("mine").runs)
     write_runs(PUBLISHED_RESULTS / "mine", [run_folder(start), run_folder(run)])
     shutil.rmtree(run_folder(start) / "adapter")
-    found = CliRunner().invoke(app, ["verify", "mine"])
-    assert "1 of 2 runs start from others whose weights are not in the store, and are left out" in found.output
-    assert found.exit_code == 0 and "1 of 1 runs are equal" in found.output
+    code, *said = peftscope("verify", "mine")
+    assert "1 of 2 runs start from others whose weights are not in the store, and are left out" in "".join(said)
+    assert code == 0 and "1 of 1 runs are equal" in "".join(said)
 
 
 def test_a_difference_on_another_processor_is_no_failure(toy: Path, make_spec: Any, tmp_path: Path) -> None:

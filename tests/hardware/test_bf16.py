@@ -15,7 +15,6 @@ from conftest import run_here
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from peftscope.cli.doctor import bf16_finding
-from peftscope.cli.main import app
 from peftscope.errors import InputError
 from peftscope.hardware import bf16
 from peftscope.hardware.bf16 import PRODUCTS, bf16_products, chosen_way, has_native_bf16
@@ -218,11 +217,9 @@ def test_estimates_follow_the_rate_of_this_machine(monkeypatch: pytest.MonkeyPat
     assert same - computing < faster < same - 0.2 * computing
 
 
-def test_expand_measures_this_machine(repository: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
+def test_expand_measures_this_machine(toy: Path, monkeypatch: pytest.MonkeyPatch, peftscope) -> None:
     seen, usual = [], Rates(1e5, 1e9, casts=False)
     monkeypatch.setattr(estimate, "_measured", lambda **_: {})
     monkeypatch.setattr("peftscope.training.ceilings.processor_rates", lambda spec: seen.append(spec) or usual)
-    result = CliRunner().invoke(app, ["expand", "smoke", "--brief"])
-    assert result.exit_code == 0 and len(seen) == 6 and " h " in result.output
+    code, out, _ = peftscope("expand", "smoke", "--brief")
+    assert code == 0 and len(seen) == 6 and " h " in out

@@ -8,10 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from peftscope.cli.forecast import card_of
-from peftscope.cli.main import app
 from peftscope.hardware.cards import find_gpu
 from peftscope.models.catalog import find_model
 from peftscope.planning.forecast import Forecaster
@@ -23,21 +21,20 @@ from peftscope.words import GIB
 BIG = "fixed: {model: llama-2-7b, task: metamath, seq_len: 512, checkpointing: true, generation_items: 0}\n"
 
 
-def test_what_will_not_fit_is_marked_with_what_would(write_experiment) -> None:
+def test_what_will_not_fit_is_marked_with_what_would(write_experiment, peftscope) -> None:
     write_experiment("mine", BIG + "methods: {full: {precision: bf16}}\naxes: {method: [full, qlora]}\n")
     forecaster = Forecaster(find_gpu("24GiB"))
     full, qlora = (forecaster.forecast(i, spec) for i, spec in expand("mine", "cuda").runs.items())
     assert full.fits == "no" and full.peak_device_bytes > 8 * 6.7e9  # weights, gradients and two states, two bytes each
     assert "method: qlora" in full.advice
     assert qlora.fits == "yes" and qlora.advice == "" and qlora.peak_device_bytes < 24 * GIB
-    done = CliRunner().invoke(app, ["expand", "experiments/mine.yaml", "--gpu", "24GiB"])
-    assert done.exit_code == 0, done.output
-    (line,) = [line for line in done.output.splitlines() if line.strip().startswith("full-s0-cuda")]
+    code, out, _ = peftscope("expand", "experiments/mine.yaml", "--gpu", "24GiB")
+    (line,) = [line for line in out.splitlines() if line.strip().startswith("full-s0-cuda")]
     assert re.search(r"does not fit \(needs [\d.]+ GiB\)", line)
-    assert re.search(r"about \d.* of GPU to go, peak at most [\d.]+ GiB", done.output)
+    assert re.search(r"about \d.* of GPU to go, peak at most [\d.]+ GiB", out) and code == 0
 
 
-def test_a_model_of_unknown_shape_has_a_guess_of_its_time_and_no_peak(write_experiment) -> None:
+def test_a_model_of_unknown_shape_has_a_guess_of_its_time_and_no_peak(write_experiment, peftscope) -> None:
     fixed = "fixed: {model: org/unknown, task: two-digit-sums, steps: STEPS}\nruns: [{method: lora}]\n"
     found = []
     for steps in ("100", "200"):
@@ -46,8 +43,8 @@ def test_a_model_of_unknown_shape_has_a_guess_of_its_time_and_no_peak(write_expe
         found.append(Forecaster(find_gpu("24GiB")).forecast(identity, spec))
     assert 0 < found[0].seconds < found[1].seconds < 3600
     assert (found[0].fits, found[0].unknown) == (None, "the shape of org/unknown is not known")
-    done = CliRunner().invoke(app, ["expand", "mine", "--gpu", "24GiB"])
-    assert done.exit_code == 0 and "peak not known of 1" in done.output
+    code, out, _ = peftscope("expand", "mine", "--gpu", "24GiB")
+    assert code == 0 and "peak not known of 1" in out
 
 
 def test_a_run_that_is_limited_to_a_smaller_card_has_to_fit_there() -> None:
