@@ -30,6 +30,7 @@ from peftscope.report.spoken import (
     spoken_moves,
     spoken_scope,
     spoken_verdict,
+    spoken_worlds,
 )
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
 from peftscope.words import capitalised, spoken_number
@@ -91,6 +92,7 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "measured": measured,
         "spoken_verdict": spoken_verdict,
         "spoken_moves": spoken_moves,
+        "spoken_worlds": spoken_worlds,
     }
     write_page(CLAIMS_PAGE.with_suffix(".md"), "claims.md.j2", **content)
     style = asset("report.css") + asset("claims.css")
@@ -135,7 +137,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "found": spoken_finding(finding),
         "also": others if others != "-" else "",
         "basis": capitalised("; ".join(filter(None, [known, rest]))) if known else rest and f"For {rest}",
-        "worlds": worlds or {NO_WORLD},
+        "worlds": {spoken_worlds([world]) for world in worlds} or {NO_WORLD},
         "instead": (correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),
         "decider": what_would_decide(claim, finding),
