@@ -27,7 +27,7 @@ from peftscope.report.front import Surprise, rests_on, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import write_page
 from peftscope.report.shares import arms_shown
-from peftscope.report.spoken import decided, deciding, own_scope, spoken_finding, spoken_scope, spoken_verdict
+from peftscope.report.spoken import decided, deciding, in_full, own_scope, spoken_finding, spoken_scope, spoken_verdict
 from peftscope.report.worlds import WORLDS_FIGURE
 from peftscope.words import spoken_time
 
@@ -137,8 +137,7 @@ def _rounding(findings: list[dict[str, Any]]) -> str:
     if not {"smollm2-135m", "minilm"} <= changes.keys():
         return ""
     base, floats = (f"{100 * changes[model]:.1f} %" for model in ("smollm2-135m", "minilm"))
-    said = f"Rounding to NF4 still changes its weights by {base} of their norm, and those of MiniLM, which are floats,"
-    return f"{said} by {floats}."
+    return f"Rounding to NF4 still changes its weights by {base} of their norm (MiniLM's, which are floats: {floats})."
 
 
 def _carried(findings: list[dict[str, Any]], said: dict[str, Apart]) -> dict[str, Any]:
@@ -235,5 +234,5 @@ def _study(name: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
         "title": read_experiment(experiment_path(name)).title,
         "runs": len(ended),
         "work": spoken_time(float(ended["wall_seconds"].sum())) if len(ended) else "-",
-        "claims": ", ".join(f"{f['id']} {f['verdict']}" for f in findings if _parts_on(name, f)) or "-",
+        "claims": ", ".join(f"{f['id']} {f['verdict']}{in_full(f)}" for f in findings if _parts_on(name, f)) or "-",
     }

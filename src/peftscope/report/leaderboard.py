@@ -103,7 +103,7 @@ def read_sections(folder: Path = REPORTS) -> tuple[list[Section], dict[str, str]
             left_out[name] = error.problems[0].message
             continue
         if all(entry.is_control for entry in entries[1:]):
-            left_out[name] = "no arm but the reference is finished"
+            left_out[name] = "it has no finished arm beside its reference"
             continue
         rows = worlds.setdefault(frozenset(entries[0].runs["run_id"]), {})
         for entry in entries:

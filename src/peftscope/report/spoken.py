@@ -11,7 +11,13 @@ from peftscope.claims.measurement import POINTS, TOKENS, WITHIN
 from peftscope.claims.verdict import OF_SIZE, UNDECIDED, Verdict
 from peftscope.words import listed, scale_of, spoken_number, spoken_quantity
 
-NAMES = {"smollm2-135m": "SmolLM2-135M", "gemma-3-270m": "Gemma-3-270M", "two-digit-sums": "two-digit sums"}
+NAMES = {
+    "smollm2-135m": "SmolLM2-135M",
+    "gemma-3-270m": "Gemma-3-270M",
+    "llama-2-7b": "Llama-2-7B",
+    "toy": "a toy model",
+    "two-digit-sums": "two-digit sums",
+}
 """Models and tasks as prose writes them, where the catalogues name them otherwise. The first is the base of studies."""
 MOST_WORDS = 5
 """The most words of a scope in the one sentence on a claim."""
@@ -169,10 +175,16 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
         return ", ".join([mine, *(f"{verdict} in {len(those)}" for verdict, those in where.items())])
     place = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
     if finding["verdict"] == Verdict.NOT_RUN:
-        place = " in full" if any(part["found"] is not None for part in deciding(finding)) else ""
+        place = in_full(finding)
     reason = (key_part(finding) or {}).get("reason", "")
     is_told = finding["verdict"] in (Verdict.HOLDS, Verdict.WRONG) and reason.startswith(OF_SIZE)
     return finding["verdict"] + place + (f": {reason}" if is_told else "")
+
+
+def in_full(finding: dict[str, Any]) -> str:
+    """Returns what follows "not run" where a part of the claim was measured all the same."""
+    was_measured = any(part["found"] is not None for part in deciding(finding))
+    return " in full" * (finding["verdict"] == Verdict.NOT_RUN and was_measured)
 
 
 def _size_in(worlds: Sequence[str], finding: dict[str, Any], verdict: str) -> str:
