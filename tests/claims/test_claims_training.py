@@ -221,7 +221,7 @@ def test_claims_on_ranks_and_dora_flip_with_the_rates_and_the_losses_of_their_ar
     ("there", "said"),
     [
         (0.1, "holds in 2 of 2 worlds"),
-        (0.5, "holds in part: holds for toy on sums; wrong for toy on words"),
+        (0.5, "holds in part: holds on sums with a toy model; wrong on words with a toy model"),
         (0.2, "holds in 1 of 2 worlds, open in 1"),
     ],
 )
@@ -240,7 +240,7 @@ def test_one_rule_judges_a_claim_in_every_world_that_has_run(
     monkeypatch.setattr(ledger, "WORLDS", {"A": "sums", "B": "pronunciation"})
     write_losses({"r1": there, "full": 0.2}, study="pronunciation", task="words")
     found = judged()
-    assert spoken_verdict(found) == said and " on toy, words (" in spoken_finding(found)
+    assert spoken_verdict(found) == said and " on words with a toy model (" in spoken_finding(found)
     assert not list(unexplained_changes([claims()["P50"]], [], [found]))
 
 
@@ -254,7 +254,7 @@ def test_the_figure_of_worlds_has_a_column_for_each_that_answers_and_is_for_two_
         results_folder(study).rename((Path("results/published") / study).absolute())
         monkeypatch.setattr(worlds, "WORLDS", asked := asked | {study: study})
         said.append(show_worlds())
-    assert said[0] == "" and "for toy on sums and pronunciation. The band is ±2.5 %" in said[1]
+    assert said[0] == "" and "for a toy model on sums and pronunciation. The band is ±2.5 %" in said[1]
     assert "feed-forward alone" in WORLDS_FIGURE.read_text()
     # Rank 1 is compared with full as well; what is forgotten less is in bits per byte.
     assert world_answers()["ahead"].tolist() == pytest.approx([11.17, 0.101, 0.05, -11.07, -11.13, 0.101], abs=0.006)
