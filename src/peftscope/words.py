@@ -63,6 +63,11 @@ def counted(number: int, one: str, more: str = "") -> str:
     return f"{number:,} {one if number == 1 else more or f'{one}s'}"
 
 
+def quoted(name: str) -> str:
+    """Returns a name, in quotes if it has a comma, so that a reader sees where it ends."""
+    return f"“{name}”" if "," in name else name
+
+
 def listed(values: Iterable[Any], separator: str = ", ", last: str = "") -> str:
     """Returns the values in a row, with a separator between two, or ``last`` before the last; of many, the first ones.
 

@@ -17,7 +17,7 @@ from peftscope.analysis.study import HELDOUT, VALIDATION, StudyResults
 from peftscope.data.tasks import symbols_of
 from peftscope.planning.experiment import A_A
 from peftscope.report.sentences import spoken_outcome
-from peftscope.words import capitalised, formatted, interval, listed, signed
+from peftscope.words import capitalised, formatted, interval, listed, quoted, signed
 
 CONTROLS = {
     "a-a": "another initialisation seed (A/A)",
@@ -280,7 +280,7 @@ def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND) ->
     has_numbers, order = len(tested) <= MOST_WITH_NUMBERS, list(Outcome)
 
     def named(arm: str) -> str:
-        return f"“{labels[arm]}”" if "," in labels[arm] else labels[arm]
+        return quoted(labels[arm])
 
     def clause(row: dict[Any, Any]) -> str:
         return told(row, named(row["against"]))

@@ -19,7 +19,7 @@ from peftscope.planning.experiment import experiment_names, experiment_path, rea
 from peftscope.planning.forecast import Forecaster
 from peftscope.planning.sweep import expand
 from peftscope.report.spoken import deciding, on_world
-from peftscope.words import listed, spoken_time
+from peftscope.words import listed, quoted, spoken_time
 
 RUNS_AT_ONCE = 2
 """The runs that share a machine in an estimated time: one on each of two cores."""
@@ -75,8 +75,7 @@ def _further_runs(part: dict[str, Any]) -> str:
     if not arms:
         return ""
     runs = {arm: 2 * len(study.arm_runs(arm)) for arm in arms}
-    labels = map(study.labels.__getitem__, arms)
-    names = listed([f"“{label}”" if "," in label else label for label in labels], last=" and ")
+    names = listed([quoted(study.labels[arm]) for arm in arms], last=" and ")
     studies = {planned[arm].name if arm in planned else "" for arm in arms}
     where = f" (`make report EXPERIMENT={studies.pop()}`)" if len(studies) == 1 and "" not in studies else ""
     return f"three rates for {names}{where}: {sum(runs.values())} runs, {_price(study.name, runs)}"

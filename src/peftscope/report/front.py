@@ -19,7 +19,7 @@ from peftscope.memory.answer import AGREEMENT_FILE
 from peftscope.models.catalog import find_model
 from peftscope.planning.experiment import experiment_path, read_experiment
 from peftscope.report.claims import COLOURS, ROWS, row_of
-from peftscope.report.spoken import NAMES, decided, deciding, spoken_scope, spoken_worlds
+from peftscope.report.spoken import decided, deciding, spoken_scope, spoken_worlds
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.worlds import WORLDS_FIGURE, show_worlds
 from peftscope.words import counted
@@ -105,7 +105,7 @@ def rests_on(findings: list[dict[str, Any]]) -> dict[str, Any]:
         "worlds": counted(len(worlds), "world"),
         "models": len({world.partition(",")[0] for world in worlds}),
         "where": spoken_worlds(worlds),
-        "base": NAMES[settings.fixed["model"]],
+        "base": spoken_worlds([settings.fixed["model"]]),
         "millions": round(shape.parameters / 1e6),
         "steps": settings.fixed["steps"],
         "seeds": len(settings.study.seeds),
