@@ -29,7 +29,7 @@ from peftscope.report.rendering import write_page
 from peftscope.report.shares import arms_shown
 from peftscope.report.spoken import decided, deciding, in_full, own_scope, spoken_finding, spoken_scope, spoken_verdict
 from peftscope.report.worlds import WORLDS_FIGURE
-from peftscope.words import spoken_time
+from peftscope.words import capitalised, spoken_time
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
@@ -155,7 +155,7 @@ def _carried(findings: list[dict[str, Any]], said: dict[str, Apart]) -> dict[str
 def _line(finding: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": finding["id"],
-        "verdict": spoken_verdict(finding).capitalize(),
+        "verdict": capitalised(spoken_verdict(finding)),
         "found": spoken_finding(finding),
         "short": "" if any(own_scope(part, finding) for part in deciding(finding)) else spoken_scope(finding, True),
     }

@@ -21,6 +21,7 @@ from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, p
 from peftscope.planning.experiment import A_A
 from peftscope.report.contrasts import contrasts, controls, readable_difference, told
 from peftscope.report.rendering import asset, write_page
+from peftscope.report.spoken import spoken_worlds
 from peftscope.report.study import EARLIER_MARGIN
 from peftscope.report.tables import PREDICTED_PEAK, markdown, pooled, settings, spoken_settings
 from peftscope.spec import RunSpec
@@ -75,9 +76,10 @@ def subject_of(section: Section) -> str:
     reference = reference_of(section)
     runs, names = reference.runs, list(reference.said)
     first = runs.iloc[0]
+    world = spoken_worlds([f"{first['model']}, {first['task']}"])
     studies = f"{names[0]} and {more} more" if (more := len(names) - 1) else names[0]
     return (
-        f"{first['model']}, {first['task']}, {first['steps']} steps of "
+        f"{world}, {first['steps']} steps of "
         f"{first['batch_size'] * first['gradient_accumulation']}, seeds {runs['seed'].min()} to "
         f"{runs['seed'].max()} ({studies})"
     )

@@ -15,7 +15,7 @@ from peftscope.claims.verdict import Verdict
 from peftscope.files.content import Strict, read_yaml
 from peftscope.files.problems import validated
 from peftscope.layout import ADVICE_FILE, CLAIMS_RESULTS, PACKAGED, PUBLISHED_RESULTS, REPOSITORY, shipped
-from peftscope.report.spoken import spoken_scope
+from peftscope.report.spoken import spoken_scope, spoken_worlds
 from peftscope.words import counted
 
 Priority = Literal["quality", "memory", "speed", "retention"]
@@ -114,7 +114,7 @@ class Grounds(Strict):
         for part in parts:
             if part["kind"] == "training" and part["role"] != "beside" and part["found"] is not None:
                 worlds[part["model"]] = max(worlds.get(part["model"], 0), len(part["samples"]))
-        told = [f"{world}: {counted(seeds, 'seed')}" if seeds else world for world, seeds in worlds.items()]
+        told = [spoken_worlds([world]) + (f": {counted(seeds, 'seed')}" if seeds else "") for world, seeds in worlds.items()]
         standing = self.standing(findings)
         told += ["computed"] if not told and standing <= Standing.HOLDS else []
         told += [f"papers{_reach(self.reaches_billions, billions)}"] if self.papers else []
