@@ -113,8 +113,9 @@ class Grounds(Strict):
         worlds: dict[str, int] = {}
         for part in parts:
             if part["kind"] == "training" and part["role"] != "beside" and part["found"] is not None:
-                worlds[part["model"]] = max(worlds.get(part["model"], 0), len(part["samples"]))
-        told = [spoken_worlds([world]) + (f": {counted(seeds, 'seed')}" if seeds else "") for world, seeds in worlds.items()]
+                world = spoken_worlds([part["model"]])
+                worlds[world] = max(worlds.get(world, 0), len(part["samples"]))
+        told = [f"{world}: {counted(seeds, 'seed')}" if seeds else world for world, seeds in worlds.items()]
         standing = self.standing(findings)
         told += ["computed"] if not told and standing <= Standing.HOLDS else []
         told += [f"papers{_reach(self.reaches_billions, billions)}"] if self.papers else []
