@@ -133,7 +133,7 @@ def test_the_published_page_shows_published_studies_and_links_their_reports(comp
     report.parent.mkdir(parents=True)
     report.write_text("")
     code, said, _ = peftscope("leaderboard")
-    assert code == 0 and "toy, two-digit-sums, 3 steps of 4, seeds 0 to 5 (mine): 4 rows." in said
+    assert code == 0 and "a toy model on two-digit sums, 3 steps of 4, seeds 0 to 5 (mine): 4 rows." in said
     assert '<a href="mine/report.html">mine</a>' in Path("reports/leaderboard.html").read_text()
     page, _ = publish("leaderboard")
     assert page == Path("reports/published/leaderboard.html") and "No study is finished yet." in page.read_text()
