@@ -411,7 +411,7 @@ def test_an_arm_that_a_card_cannot_hold_is_left_out_and_told(write_study_file, m
     study.require_finished()
     found = contrasts(study)
     assert list(found["arm"]) == ["lora"] and set(found["against"]) == {"full"}
-    assert study_facts(study, expand("mine").experiment.study)["left_out"] == "thin (memory ran out)"
+    assert study_facts(study, expand("mine").experiment.study)["left_out"] == "“LoRA, thin” (memory ran out)"
     record(members("tune-full")[1], status="oom")
     choose_rates(expand("mine"), 3)
     with pytest.raises(InputError, match="its reference arm `full` is left out"):
@@ -835,7 +835,7 @@ def test_arms_that_have_their_best_rate_are_compared_before_the_others_have_run(
         record(run, heldout=2.5)
     publish("mine")
     page = Path("reports/published/mine/report.html").read_text()
-    assert "Not compared: thin (not finished)." in page and "<td>full fine-tuning</td>" in page
+    assert "Not compared: “LoRA, thin” (not finished)." in page and "<td>full fine-tuning</td>" in page
     study = collected()
     assert study.left_out == {"thin": "not finished"} and study.rate("full").best == 1e-4
     found = training.heldout_gain("mine", "full", "lora")

@@ -135,12 +135,12 @@ class StudyResults:
 
     @property
     def labels(self) -> dict[str, str]:
-        """The label of each arm.
+        """The label of each arm, of those that are left out too.
 
         It is that of its method if no other arm has the same, or if the arm is named after the method. Otherwise the
         arm's name follows, without the method's name before it unless another arm is called what is left.
         """
-        firsts = {arm: self._members(TUNING + arm, ARM + arm).iloc[0] for arm in self.arms}
+        firsts = {arm: self._members(TUNING + arm, ARM + arm).iloc[0] for arm in self._entered}
         named = [first["label"] for arm, first in firsts.items() if not arm.endswith(A_A)]
         found: dict[str, str] = {}
         for arm, first in firsts.items():

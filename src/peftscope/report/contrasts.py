@@ -115,7 +115,7 @@ def told_left_out(study: StudyResults) -> str:
     """Returns the arms that a study leaves out, with the reasons; empty if there are none."""
     reasons: dict[str, list[str]] = {}
     for arm, reason in study.left_out.items():
-        reasons.setdefault(reason, []).append(arm)
+        reasons.setdefault(reason, []).append(quoted(study.labels[arm]))
     return "; ".join(f"{', '.join(arms)} ({reason})" for reason, arms in reasons.items())
 
 
@@ -254,8 +254,8 @@ def readable_tuning(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame
             "arm": labels[row["arm"]],
             "learning rate": f"{row['learning_rate']:g}" + (", the best" if row["is_best"] else ""),
             "seeds": f"n = {row['n']}",
-            "loss without best and worst seed": formatted(row["trimmed_mean"], ".4f"),
-            "mean loss": formatted(row["mean"], ".4f"),
+            "loss without best and worst seed (nats per token)": formatted(row["trimmed_mean"], ".4f"),
+            "mean loss (nats per token)": formatted(row["mean"], ".4f"),
             "on the steep rise": str(row["steep"]),
             "diverged": str(row["diverged"]),
         }

@@ -68,5 +68,6 @@ def overfitting_sentence(experiment: str) -> str:
     rise = f"On validation items the mean ends {risen} nats per token above its lowest. " if risen else ""
     return (
         "The loss on validation items along the training, and beneath it the loss on the examples that are trained: "
-        f"means over seeds. {rise}The validation loss minus the training loss, at the end: {listed(gaps)}."
+        f"means over seeds. {rise}The validation loss minus the training loss, at the end, in nats per token: "
+        f"{listed(gaps)}."
     )

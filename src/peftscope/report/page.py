@@ -176,8 +176,10 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
         "These runs come from more than one kind of machine. Their speeds are not comparable.": (
             runs["cpu"].nunique() > 1 or runs["gpu"].nunique() > 1
         ),
-        "Some of these runs computed products of bf16 matrices natively, others in fp32. Their losses differ by "
-        "rounding, and their speeds are not comparable.": runs["bf16_products"].nunique() > 1,
+        "Some of these runs computed products of bf16 matrices natively, others in fp32. Rounding takes a run "
+        "about as far as another seed does (docs/processors.md), and their speeds are not comparable.": (
+            runs["bf16_products"].nunique() > 1
+        ),
         f"{cards} computes no bf16 products itself: compare the memory of these runs, not their times.": cards,
         f"{lost} of {len(runs)} runs did not end well; see the table of all runs. In a comparison, a run that diverged "
         "counts with the loss of the untouched base.": lost,

@@ -38,7 +38,7 @@ def draw_tuning(path: Path, study: StudyResults) -> None:
     Filled points are means over the seeds of the study, and a ring marks the best rate. Small points are the losses of
     seeds that served for tuning alone. An arm whose rate was given has no panel.
     """
-    styles, rates = arm_looks(study.labels), {arm: study.rate(arm) for arm in study.labels}
+    styles, rates = arm_looks(study.labels), {arm: study.rate(arm) for arm in study.arms}
     arms = [arm for arm, rate in rates.items() if rate.is_tuned or any(y is not None for y in rate.curve.values())]
     rows, columns = math.ceil(len(arms) / PANELS_BESIDE) or 1, min(PANELS_BESIDE, len(arms)) or 1
     shares = {"nrows": rows, "sharex": True, "sharey": True, "squeeze": False}
@@ -113,8 +113,8 @@ def power(study: StudyResults) -> dict[str, Any]:
     """Returns what the study could see: its yardstick, the half-widths of its intervals, and the arms that miss."""
     names = [contrasts.compared_label(*pair, study.reference, study.labels) for pair in study.compared]
     found = {name: study.difference(*pair) for name, pair in zip(names, study.compared, strict=True)}
-    widths = {name: 100 * difference.half_width() / study.yardstick for name, difference in found.items()}
-    of_sameness = 2 * CONFIDENCE - 1
+    reached = {name: 100 * difference.half_width() / study.yardstick for name, difference in found.items()}
+    widths, of_sameness = reached.values(), 2 * CONFIDENCE - 1
     narrow = {name: 100 * one.half_width(of_sameness) / study.yardstick for name, one in found.items()}
     return {
         "task_gain": formatted(study.yardstick, ".3f"),
@@ -124,11 +124,11 @@ def power(study: StudyResults) -> dict[str, Any]:
         "changed": MARGIN_SINCE,
         "earlier": f"{100 * EARLIER_MARGIN:g}",
         "planned": f"{100 * PLANNED:g}",
-        "widths": f"{min(widths.values()):.1f} to {max(widths.values()):.1f}" if widths else "",
-        "median": f"{median(widths.values()):.1f}" if widths else "",
+        "widths": " to ".join(dict.fromkeys(f"{end(widths):.1f}" for end in (min, max) if widths)),
+        "median": f"{median(widths):.1f}" if len(widths) > 1 else "",
         "of_sameness": f"{100 * of_sameness:g}",
         "narrow": "; ".join(f"{name} ±{width:.2f} %" for name, width in narrow.items()),
-        "missed": "; ".join(f"{name} (±{width:.1f} %)" for name, width in widths.items() if width > 100 * PLANNED),
+        "missed": "; ".join(f"{name} (±{width:.1f} %)" for name, width in reached.items() if width > 100 * PLANNED),
     }
 
 
@@ -137,8 +137,8 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     labels, table = study.labels, contrasts.contrasts(study)
     rows = table.to_dict("records")
     a_a = [row for row in rows if row["arm"].endswith(A_A)]
-    given = [labels[arm] for arm in (*settings.given_rates, *settings.borrowed_rates) if arm in labels]
-    rates = {arm: study.rate(arm) for arm in labels}
+    given = [labels[arm] for arm in (*settings.given_rates, *settings.borrowed_rates) if arm in study.arms]
+    rates = {arm: study.rate(arm) for arm in study.arms}
     return {
         "first": labels[study.reference],
         "subject": study.subject,
@@ -160,7 +160,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         ),
         "seeds": len(settings.seeds),
         "more_seeds": "; ".join(
-            f"{labels[arm]} on {len(settings.seeds_of(arm))}" for arm in settings.more_seeds if arm in labels
+            f"{labels[arm]} on {len(settings.seeds_of(arm))}" for arm in settings.more_seeds if arm in study.arms
         ),
         "chosen": "; ".join(f"{labels[arm]} {r.best:g}" for arm, r in rates.items() if r.curve or r.is_tuned),
         "at_an_end": "; ".join(labels[arm] for arm in study.arms_at_an_end),
