@@ -11,7 +11,7 @@ import pytest
 from conftest import Command
 from test_memory import TRAINED, answer, letters_of, model_of, small_shape
 
-from peftscope.hardware.cards import CONTEXT_BYTES, GPUS, Gpu
+from peftscope.hardware.cards import CONTEXT_BYTES, GPUS, Gpu, find_gpu
 from peftscope.memory.answer import peaks_by_formula
 from peftscope.memory.base import describe_model
 from peftscope.memory.formula.terms import DIMENSIONS
@@ -298,6 +298,14 @@ def device_bytes(options: dict[str, Any], **changes: Any) -> int:
 def fit_of(method: str, capacity: int, **options: Any) -> Fit:
     (fit,) = fit_methods([SMALL_MODEL], [method], options, Gpu("a card", capacity), 1)
     return fit
+
+
+def test_the_largest_sizes_of_a_method_are_the_same_whichever_others_are_asked() -> None:
+    def longest(*methods: str) -> int | None:
+        asked = fit_methods([describe_model("qwen2.5-0.5b")], list(methods), {}, find_gpu("rtx4090"))
+        return list(asked)[-1].largest_seq_len
+
+    assert longest("lora", "qlora") == longest("qlora")
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "adalora", "prefix-tuning"])

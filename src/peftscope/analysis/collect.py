@@ -14,7 +14,7 @@ from peftscope.data.tasks import symbols_of
 from peftscope.errors import InputError, Problem
 from peftscope.layout import how_to_run, record_path, results_folder, run_folder, tuned_path
 from peftscope.planning.cells import FINE, TUNING
-from peftscope.planning.published import RETENTION, SHIFT, VALIDATION, loss_rows
+from peftscope.planning.published import RETENTION, SHIFT, TRAINING, VALIDATION, loss_rows
 from peftscope.planning.sweep import Sweep
 from peftscope.record import TRY_AGAIN, Damaged, Quality, RunRecord, read_record, recover_record
 from peftscope.spec import RunSpec
@@ -74,7 +74,7 @@ def collect_experiment(sweep: Sweep) -> None:
         raise InputError(problems)
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
-    columns = ["run_id", "step", "nll_nats_per_token", VALIDATION, RETENTION, SHIFT]
+    columns = ["run_id", "step", TRAINING, VALIDATION, RETENTION, SHIFT]
     pd.DataFrame(losses, columns=columns).to_csv(folder / "losses.csv", index=False)
 
 

@@ -83,20 +83,15 @@ class PartFinding:
             "verdict": self.verdict.value,
             "reason": self.reason,
             "known": self.known,
-            **({"answer": self.answer} if self.answer else {}),
             "found": rounded(found.value) if self.found else None,
-            **{name: rounded(getattr(found, name)) for name in ("low", "high", "n", "model")},
-            "p_adjusted": rounded(found.p_adjusted),
+            **{n: rounded(getattr(found, n)) for n in ("low", "high", "n", "model", "p_adjusted", "tuning_error")},
             "samples": list(map(rounded, found.samples)),
-            "tuning_error": rounded(found.tuning_error),
             "evidence": {name: rounded(value) for name, value in found.evidence.items()},
             "curves": {name: {f"{x:g}": rounded(y) for x, y in curve.items()} for name, curve in found.curves.items()},
             "axes": list(found.axes),
             "run_ids": list(found.run_ids),
-            **({"matters": found.matters} if found.matters else {}),
-            **({"spoiled_by": found.spoiled_by} if found.spoiled_by else {}),
-            **({"contributed": True} if found.contributed else {}),
-            **({"elsewhere": True} if self.elsewhere else {}),
+            **{n: said for n in ("matters", "spoiled_by", "contributed") if (said := getattr(found, n))},
+            **{n: said for n in ("answer", "elsewhere") if (said := getattr(self, n))},
         }
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from peftscope.models.stored import BLOCK
+
 if TYPE_CHECKING:
     import torch
-
-BLOCK = 64
-"""The weights that share a constant, their largest magnitude."""
 
 OFFSET = 0.9677083
 """The quantile of the outermost levels, that of bitsandbytes."""

@@ -13,8 +13,9 @@ from typing import Any
 from peftscope.errors import InputError, Problem
 from peftscope.layout import published, published_paths
 
+TRAINING = "nll_nats_per_token"
 VALIDATION = "validation_nll_nats_per_token"
-"""The column of the loss on validation items: at the end of a run, or along its training."""
+"""The columns of the loss of each step, and of that on validation items: at the end of a run, or along its training."""
 RETENTION = "retention_bits_per_byte"
 """The column of the score on English prose."""
 SHIFT = "shift_from_base_nats"
@@ -57,7 +58,7 @@ def loss_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "step": step,
-            "nll_nats_per_token": nll,
+            TRAINING: nll,
             VALIDATION: along.get(str(step)),
             RETENTION: prose.get(str(step)),
             SHIFT: moved.get(str(step), {}).get("from_base"),

@@ -7,11 +7,10 @@ import pandas as pd
 
 from peftscope.analysis.study import VALIDATION, StudyResults
 from peftscope.planning.experiment import A_A
+from peftscope.planning.published import TRAINING
 from peftscope.report.looks import arm_looks
 from peftscope.report.plots import beside, plain_ticks
 from peftscope.words import listed, signed
-
-TRAINING = "nll_nats_per_token"
 
 
 def mean_losses(study: StudyResults) -> dict[str, pd.DataFrame]:

@@ -234,10 +234,7 @@ class Search:
 
         spec, capacity = self.question.spec, self.needs.gpu.usable_bytes
         start = getattr(spec.method, spec.method.rank_field) if field == "rank" else getattr(spec, field)
-        earlier = self.needs.largest[self.model.name, field, tight]
-        found = largest(takes, partial(self._expected, field), capacity, limit, start, earlier)
-        earlier += [found] if found else []
-        return found
+        return largest(takes, partial(self._expected, field), capacity, limit, start)
 
     def _changes(self, field: str, value: int) -> dict[str, int]:
         return METHODS[self.method].with_rank(value) if field == "rank" else {field: value}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,13 +35,11 @@ class Needs:
     Attributes:
         gpu: The card.
         traces: Traces that serve runs of other sizes.
-        largest: The largest sizes that were found, by the model's name, the field, and whether tight ones count.
     """
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.traces = TrainingTraces()
-        self.largest: dict[tuple[str, str, bool], list[int]] = defaultdict(list)
         self._known: dict[Any, Peaks] = {}
 
     def peaks(self, question: Question) -> Peaks:

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-
-NEAR_SHARE = 0.15
-"""An estimate is trusted less than another method's answer that is no farther from it than this."""
+from collections.abc import Callable
 
 
 def largest(
-    takes: Callable[[int, bool], float],
-    expected: Callable[[int], float],
-    capacity: int,
-    limit: int,
-    start: int,
-    likely: Sequence[int] = (),
+    takes: Callable[[int, bool], float], expected: Callable[[int], float], capacity: int, limit: int, start: int
 ) -> int | None:
     """Returns a number up to ``limit`` that fits while the next larger one does not, or None if 1 does not fit.
 
@@ -30,16 +22,13 @@ def largest(
         capacity: The bytes that are available.
         limit: The largest number to try.
         start: The number to try first.
-        likely: Numbers one of which may be the answer. The one nearest to the estimate after ``start`` is tried next.
 
     >>> def takes(n, only_whether):
     ...     return 10 + 3 * n
     >>> largest(takes, lambda n: 2 * n, 100, 1000, 1), largest(takes, float, 12, 1000, 8)
     (30, None)
-    >>> [largest(takes, lambda n: 2.9 * n, 100, 1000, 1, [likely]) for likely in (5, 27, 30, 32)]
-    [30, 30, 30, 30]
     """
-    low, high, stride, asked = 0, limit + 1, 1, False
+    low, high, stride = 0, limit + 1, 1
     value = min(start, limit)
     while high - low > 1:
         size = takes(value, value == low + 1)  # that it does not fit would end the search
@@ -48,10 +37,7 @@ def largest(
         # The bytes that the expected part may take, if the rest is as large as here.
         left = capacity - size + expected(value)
         guess = bisect_right(range(limit + 1), left, lo=1, key=expected) - 1
-        near = min(likely, key=lambda number: abs(number - guess), default=0)
-        if low < near < high and abs(near - guess) <= NEAR_SHARE * guess:
-            value, likely, asked = near, [] if asked else [near + 1], True
-        elif fits and guess < low + stride:
+        if fits and guess < low + stride:
             value, stride = min(low + stride, high - 1), 2 * stride  # the first of these steps ends most searches
         elif low == 0 or high > limit:
             value, stride = min(max(guess, low + 1), high - 1), 1  # no number on that side was tried yet

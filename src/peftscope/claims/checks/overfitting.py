@@ -11,8 +11,8 @@ import pandas as pd
 
 from peftscope.analysis.study import LOWEST, VALIDATION, StudyResults
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity, over_seeds, runs_of
+from peftscope.planning.published import TRAINING
 
-TRAINING = "nll_nats_per_token"
 NEAR = 8
 """The steps whose mean is the training loss at some step: a single batch is too noisy."""
 

@@ -11,12 +11,11 @@ import torch
 from peftscope.claims.checks.codes import CodeBook
 from peftscope.claims.measurement import Measurement, mean_of
 from peftscope.claims.subjects import fetched_model, text_windows, window_losses
+from peftscope.models.stored import BLOCK
 
 WINDOWS = 48
 AT_ONCE = 8
 """The windows of one forward pass: the logits of all would take a gigabyte."""
-BLOCK = 64
-"""The weights per constant."""
 
 UNTOUCHED = "not rounded"
 DOUBLE = "nf4 with double quantization"
