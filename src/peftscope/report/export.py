@@ -5,6 +5,7 @@ from __future__ import annotations
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
 from peftscope.report.contrasts import EXPLAINED, contrasts, readable_contrasts, told_left_out
+from peftscope.report.spoken import spoken_worlds
 from peftscope.report.tables import markdown
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "“": "``", "”": "''"}
@@ -16,9 +17,9 @@ LATEX |= {"−": "$-$", "±": r"$\pm$", "×": r"$\times$", "√": r"$\surd$", "�
 def caption(study: StudyResults) -> str:
     """Returns the sentence below a study's table."""
     return (
-        f"How far each arm is ahead of {study.labels[study.reference]} in held-out loss ({study.subject}), in % of the "
-        f"task gain, with {100 * CONFIDENCE:g} % intervals over pairs of seeds. {EXPLAINED}"
-        + (f" Left out: {said}." if (said := told_left_out(study)) else "")
+        f"How far each arm is ahead of {study.labels[study.reference]} in held-out loss "
+        f"({spoken_worlds([study.subject])}), in % of the task gain, with {100 * CONFIDENCE:g} % intervals over pairs "
+        f"of seeds. {EXPLAINED}" + (f" Left out: {said}." if (said := told_left_out(study)) else "")
     )
 
 

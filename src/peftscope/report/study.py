@@ -20,6 +20,7 @@ from peftscope.planning.experiment import A_A, STEP, Study
 from peftscope.report import contrasts
 from peftscope.report.looks import GREY, Look, arm_looks
 from peftscope.report.plots import LABEL_WIDTH, draw_figure, new_figure, plain_ticks
+from peftscope.report.spoken import spoken_worlds
 from peftscope.report.svg import INK
 from peftscope.report.tables import FEWEST_FOR_MEANS, write_table
 from peftscope.words import formatted, listed, signed
@@ -141,7 +142,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     rates = {arm: study.rate(arm) for arm in study.arms}
     return {
         "first": labels[study.reference],
-        "subject": study.subject,
+        "subject": spoken_worlds([study.subject]),
         "answer": contrasts.answer(table, labels),
         "compares": bool(rows),
         "a_a": bool(a_a),
