@@ -69,8 +69,8 @@ def _further_runs(part: dict[str, Any]) -> str:
     asked, study = part["with"], StudyResults(part["with"]["study"])
     planned = _at_several_rates(study.subject)
     given = study.settings.given_rates if study.settings else {}
-    named = [arm for arm in arms_named_in(asked) if arm in study.arms and arm not in given]
-    left = [arm for arm in named if not study.rate(arm).is_tuned]
+    named = set(arms_named_in(asked)) - set(given)
+    left = [arm for arm in study.arms if arm in named and not study.rate(arm).is_tuned]
     arms = [arm for arm in left if arm not in planned or arm in planned[arm].left_out]
     if not arms:
         return ""
