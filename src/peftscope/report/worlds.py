@@ -32,7 +32,7 @@ QUESTIONS = {
     "feed-forward, ahead of attention": ("mlp-r13", "attention-r21"),
 }
 """The rows of the figure in their order: two arms of the studies of worlds, of which the first may be ahead."""
-FORGETS_LESS = {"full fine-tuning forgets less": ("full", "lora")}
+FORGETS_LESS = {"forgetting, full ahead of LoRA": ("full", "lora")}
 """The last row, which has a scale of its own: two arms, of which the first may forget less at the same loss."""
 WORLDS_FIGURE = PUBLISHED_RESULTS / "worlds.svg"
 
@@ -81,7 +81,8 @@ def show_worlds() -> str:
             below.set(xlabel="bits per byte")
         panels[0][0].set_ylim(len(QUESTIONS) - 0.5, -0.5)
     ahead = "How far each arm ends ahead of LoRA of rank 8, or of the named one, at its best rate, with 95 % intervals"
-    last = "The last row says how much less full fine-tuning forgets of English prose at the same loss on the task"
+    last = "The last row says how much less full fine-tuning forgets of English prose than LoRA at the same loss on the "
+    last += "task, each at its best rate; other rates say otherwise"
     band = f"The band is ±{100 * MARGIN:g} %, which counts as the same. Where a row is empty, an arm has not run"
     return f"{ahead}, for {spoken_worlds(worlds)}. {band}. {last}."
 
