@@ -118,7 +118,7 @@ def _print_rankings(
     from peftscope.report.comparison import spoken, spoken_groups, summarise_ranking
 
     last, ranking = list(rankings.items())[-1]
-    places = Table("place", "system", "runs", "score", "standard error", "places it can have", box=None)
+    places = Table("place", "system", "runs", "mean over runs", "standard error", "places it can have", box=None)
     for place, (name, (best, worst)) in enumerate(zip(ranking.systems, ranking.places, strict=True), 1):
         score, error = spoken(ranking.scores[place - 1], unit, "%"), spoken(ranking.errors[place - 1], unit)
         places.add_row(str(place), escape(name), str(counts[name]), score, error, f"{best} to {worst}")
