@@ -81,8 +81,8 @@ def show_worlds() -> str:
             below.set(xlabel="bits per byte")
         panels[0][0].set_ylim(len(QUESTIONS) - 0.5, -0.5)
     ahead = "How far each arm ends ahead of LoRA of rank 8, or of the named one, at its best rate, with 95 % intervals"
-    last = "The last row says how much less full fine-tuning forgets of English prose than LoRA at the same loss on the "
-    last += "task, each at its best rate; other rates say otherwise"
+    last = "The last row says how much less full fine-tuning forgets of English prose than LoRA at the same loss on "
+    last += "the task, each at its best rate; other rates say otherwise"
     band = f"The band is ±{100 * MARGIN:g} %, which counts as the same. Where a row is empty, an arm has not run"
     return f"{ahead}, for {spoken_worlds(worlds)}. {band}. {last}."
 
