@@ -135,7 +135,7 @@ class StudyResults:
 
     @property
     def labels(self) -> dict[str, str]:
-        """The label of each arm, of those that are left out too.
+        """The label of each arm, whether it is compared or left out.
 
         It is that of its method if no other arm has the same, or if the arm is named after the method. Otherwise the
         arm's name follows, without the method's name before it unless another arm is called what is left.

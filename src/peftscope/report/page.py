@@ -177,7 +177,7 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
             runs["cpu"].nunique() > 1 or runs["gpu"].nunique() > 1
         ),
         "Some of these runs computed products of bf16 matrices natively, others in fp32. Rounding takes a run "
-        "about as far as another seed does (docs/processors.md), and their speeds are not comparable.": (
+        "nearly as far as another seed does (docs/processors.md), and their speeds are not comparable.": (
             runs["bf16_products"].nunique() > 1
         ),
         f"{cards} computes no bf16 products itself: compare the memory of these runs, not their times.": cards,

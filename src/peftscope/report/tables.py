@@ -299,7 +299,7 @@ def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "run": runs["run_id"],
-            "in": runs["comparisons"].str.replace(" ", ", "),
+            "part of": runs["comparisons"].str.replace(" ", ", "),
             "ended": ending,
             "reason": runs["reason"].astype(object).fillna(""),
             "seed": runs["seed"].astype(str),
