@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftscope.errors import InputError, Problem, close_match, needs, shown
+from peftscope.errors import InputError, Problem, close_match, needs, raise_any, shown
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
 from peftscope.record import RunRecord
 from peftscope.spec import RunSpec
@@ -223,8 +223,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
     apart = {"model", "task", "method", "device", "learning_rate"}
     known = {*METHOD_OPTIONS, *BESIDE_OPTIONS, *RunSpec.model_fields} - apart
-    if unknown := [Problem(name, "unknown option", close_match(name, known)) for name in options if name not in known]:
-        raise InputError(unknown)
+    raise_any(Problem(name, "unknown option", close_match(name, known)) for name in options if name not in known)
 
 
 @needs("report")

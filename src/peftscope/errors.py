@@ -75,6 +75,12 @@ class InputError(Exception):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+def raise_any(problems: Iterable[Problem]) -> None:
+    """Raises InputError with all problems, if there are any."""
+    if found := list(problems):
+        raise InputError(found)
+
+
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
     """Turns the lack of an optional package into an error for people; a context, and a decorator of functions.

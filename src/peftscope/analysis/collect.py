@@ -11,7 +11,7 @@ import pandas as pd
 
 from peftscope.analysis.stats import edits
 from peftscope.data.tasks import symbols_of
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, raise_any
 from peftscope.layout import how_to_run, record_path, results_folder, run_folder, tuned_path
 from peftscope.planning.cells import FINE, TUNING
 from peftscope.planning.published import RETENTION, SHIFT, TRAINING, VALIDATION, loss_rows
@@ -70,8 +70,7 @@ def collect_experiment(sweep: Sweep) -> None:
         rows.append(row | _wrong_symbols(identity, spec))
         along = loss_rows(record.model_dump(mode="json")) if record else []
         losses += [{"run_id": identity, **row} for row in along]
-    if problems:
-        raise InputError(problems)
+    raise_any(problems)
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
     columns = ["run_id", "step", TRAINING, VALIDATION, RETENTION, SHIFT]

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from peftscope.analysis.collect import row_of
 from peftscope.data.tasks import find_task
-from peftscope.errors import InputError, Problem, shown
+from peftscope.errors import InputError, Problem, raise_any, shown
 from peftscope.files.atomic import finite, write_json
 from peftscope.files.content import Strict, parse_json, read_text
 from peftscope.layout import CONTRIBUTED_RESULTS, MODELS_FILE, NAME_PATTERN, record_path, run_folder
@@ -210,8 +210,7 @@ def read_contributions(folder: Path = CONTRIBUTED_RESULTS) -> dict[Path, Contrib
         except InputError as error:
             problems += error.problems
     problems += _disagreements(found)
-    if problems:
-        raise InputError(problems)
+    raise_any(problems)
     return found
 
 
@@ -228,8 +227,7 @@ def check(contribution: Contribution, where: str) -> None:
         else:
             messages = [message for rule in rules for message in rule(record, contribution.card)]
             problems += [Problem(f"{where}: {record.run_id}", message) for message in messages]
-    if problems:
-        raise InputError(problems)
+    raise_any(problems)
 
 
 def _unfit_texts(content: Any, field: str = "") -> Iterator[tuple[str, str]]:

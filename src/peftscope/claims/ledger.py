@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, ValidationInfo, create_model, field
 
 from peftscope.claims.checks import known_checks
 from peftscope.claims.verdict import Rule, Verdict
-from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.errors import InputError, Problem, close_match, raise_any, shown
 from peftscope.files.content import CountOrZero, Strict, read_yaml
 from peftscope.files.problems import dotted, problems_of, validated
 from peftscope.layout import CLAIMS_FILE, CLAIMS_HISTORY, shipped
@@ -234,8 +234,7 @@ def read_ledger(path: Path | None = None, checks: bool = True) -> tuple[Claim, .
         for name in shared
         if name not in used
     ]
-    if problems:
-        raise InputError(problems)
+    raise_any(problems)
     return tuple(claims.values())
 
 

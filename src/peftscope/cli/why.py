@@ -16,7 +16,7 @@ import typer
 
 from peftscope.cli.console import FITS, wide_console
 from peftscope.cli.memory import AsJson, Gpus, MethodName, peaks_of_question, run_options
-from peftscope.errors import InputError, Problem, close_match, needs
+from peftscope.errors import InputError, Problem, close_match, needs, raise_any
 from peftscope.memory.base import Model, describe_model
 from peftscope.memory.question import BESIDE_OPTIONS, METHOD_OPTIONS, OPTIONS, Question, ask, options_of
 from peftscope.methods import METHODS
@@ -157,8 +157,7 @@ def why(
     if found[0] is None and len(found) > 1 and model is None:
         model, found, words = words[0], found[1:], words[1:]
     unknown = [word for word, setting in zip(words, found, strict=True) if setting is None]
-    if unknown:
-        raise InputError(Problem(word, "is no setting or spec file", 'as in "qlora --rank 64"') for word in unknown)
+    raise_any(Problem(word, "is no setting or spec file", 'as in "qlora --rank 64"') for word in unknown)
     if len(found) > 2:
         raise InputError(Problem("why", f"compares two settings (got {len(found)})", 'quote each: "qlora --rank 64"'))
     card = None if gpu is None else find_gpu(gpu)

@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from peftscope.data.sources import Item
-from peftscope.errors import InputError, Problem
+from peftscope.errors import Problem, raise_any
 from peftscope.files.content import SHOWN_LINES
 
 IGNORED = -100
@@ -93,8 +93,7 @@ def tokenise(items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[Exampl
             continue
         kept = [*first, *prompt[-room:]]
         examples.append(Example((*kept, *answer), len(kept)))
-    if problems:
-        raise InputError(problems[:SHOWN_LINES])
+    raise_any(problems[:SHOWN_LINES])
     return examples
 
 

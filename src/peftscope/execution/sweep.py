@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, raise_any
 from peftscope.execution.job import lacks_kept
 from peftscope.execution.pace import run_seconds
 from peftscope.files.storage import STORAGE_CODE
@@ -108,8 +108,7 @@ def fetch_inputs(spec: RunSpec) -> None:
     Raises:
         InputError: The disk has no room for what comes, or something cannot be fetched.
     """
-    if problems := check_disk({run_id(spec): spec}):
-        raise InputError(problems)
+    raise_any(check_disk({run_id(spec): spec}))
     for resource in inputs(spec):
         resource.fetch()
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from peftscope.errors import InputError, Problem, shown
+from peftscope.errors import InputError, Problem, raise_any, shown
 from peftscope.files.limits import DEEPEST, LARGEST_INTEGER, LONGEST_NUMBER, check_plain
 
 LARGEST_COUNT = 2**31 - 1
@@ -111,8 +111,7 @@ def read_lines(path: Path, read: Callable[[str], Any], remedy: str) -> Iterator[
     if len(problems) > SHOWN_LINES:
         rest = Problem(str(path), f"{len(problems) - SHOWN_LINES:,} more lines are not items")
         problems = [*problems[:SHOWN_LINES], rest]
-    if problems:
-        raise InputError(problems)
+    raise_any(problems)
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, raise_any
 from peftscope.files.content import LARGEST_COUNT
 from peftscope.memory.regimes import Trainer
 from peftscope.spec import RunSpec
@@ -173,9 +173,8 @@ def with_job(spec: RunSpec, beside: Beside) -> Beside:
         "modules_to_save": beside.job == "reward" and "lm_head" in beside.modules_to_save,
         "method": not tuned and not (method.trains_base or (method.targets_of() and not terms)),
     }
-    if wrong := [option for option, asked in foreign.items() if asked]:
-        message = f"does not go with job={beside.job}"
-        raise InputError(Problem(option, message, "leave it out, or change --job") for option in wrong)
+    message, remedy = f"does not go with job={beside.job}", "leave it out, or change --job"
+    raise_any(Problem(option, message, remedy) for option, asked in foreign.items() if asked)
     if beside.reference == "disabled" and method.trains_base:
         raise InputError(Problem("reference", f"{method.name} has no adapter to disable", "use copy or precomputed"))
     own = "none" if not job.references else "copy" if method.trains_base else "disabled"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import Field
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import Problem, raise_any
 from peftscope.layout import METHOD_FILES
 from peftscope.methods.adalora import AdaLoRA
 from peftscope.methods.dora import DoRA
@@ -93,8 +93,7 @@ def _from_files() -> dict[str, type[Method]]:
             problems.append(Problem(str(path), wrong, "repair or remove it"))
         else:
             methods[name] = method
-    if problems:
-        raise InputError(problems)
+    raise_any(problems)
     return methods
 
 

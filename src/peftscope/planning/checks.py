@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from peftscope.data.benchmarks import benchmark_resource, find_benchmark
 from peftscope.data.sources import JsonlSource
 from peftscope.data.tasks import find_task, source_change, task_folder, task_resource
-from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.errors import InputError, Problem, close_match, raise_any, shown
 from peftscope.files.manifest import how_to_change, is_source_of, read_manifest
 from peftscope.files.resource import Resource
 from peftscope.hardware.device import find_compiler
@@ -105,8 +105,7 @@ def check_run(spec: RunSpec, where: str, *, fetched: bool = False) -> None:
     if not problems:
         problems = check_disk(runs) + (check_fetched(spec) if fetched else [])
         problems += check_compiler(runs) + check_unchanged(runs)
-    if problems:
-        raise InputError(problems)
+    raise_any(problems)
 
 
 def check_compiler(runs: dict[str, RunSpec]) -> list[Problem]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.data.tasks import find_task
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.errors import InputError, Problem, close_match, raise_any
 from peftscope.files.storage import STORAGE_REMEDIES
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import Device, detect_device
@@ -312,8 +312,7 @@ def load_workflow(config: dict[str, Any], cores: int | None = None) -> Workflow:
     to_do = {identity: spec for identity, spec in runs.items() if not record_path(identity).is_file()}
     kept = {identity: max(len(plan.keep_at(identity)) for plan in plans) for identity in to_do}
     problems += check_disk(to_do, kept=kept)
-    if problems:
-        raise InputError(problems)
+    raise_any(problems)
     _loaded.append(Workflow(plans, cores))
     return _loaded[-1]
 
@@ -333,6 +332,5 @@ def plan_experiment(name: str, device: Device | None = None) -> Plan:
     where = str(experiment_path(name))
     problems = check_runs(sweep.runs, where) + check_compiler(sweep.runs) + check_starts(sweep.runs, where)
     problems += [] if problems else check_unchanged(sweep.runs)
-    if problems:
-        raise InputError(problems)
+    raise_any(problems)
     return Plan(sweep)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.errors import InputError, Problem, close_match, raise_any, shown
 from peftscope.files.problems import problems_of, validated
 from peftscope.hardware.device import Device
 from peftscope.layout import DEFAULTS, shipped
@@ -125,8 +125,7 @@ class Resolver:
 
             fields = RunSpec.model_fields | METHODS[name].model_fields
             problems += map(explained, problems_of(error, place, method_fields | set(RUN_FIELDS)))
-        if problems:
-            raise InputError(problems)
+        raise_any(problems)
         return spec
 
     def _start(self, values: dict[str, Any], differs: dict[str, Any], origin: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.errors import InputError, Problem, close_match, raise_any, shown
 from peftscope.hardware.device import Device
 from peftscope.layout import rates_path, tuned_path
 from peftscope.methods import METHODS
@@ -116,8 +116,7 @@ class _Expansion:
         problems = self._problems or self._unused_rules()
         if not problems and not self._runs:
             problems = [Problem(str(self._path), "describes no run", "give it axes, ladders or runs")]
-        if problems:
-            raise InputError(problems)
+        raise_any(problems)
         comparisons = [Comparison(group, frozenset(v), tuple(runs)) for group, (v, runs) in self._groups.items()]
         return Sweep(name, self._experiment, self._runs, tuple(comparisons))
 

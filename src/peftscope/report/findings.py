@@ -14,7 +14,7 @@ from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
 from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import Verdict
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.errors import Problem, close_match, raise_any
 from peftscope.files.content import Strict, read_yaml
 from peftscope.files.problems import validated
 from peftscope.layout import FINDINGS_FILE, FINDINGS_PAGE, PUBLISHED_REPORTS, REPORTS, folder_with, published, shipped
@@ -98,12 +98,11 @@ def read_content(claims: Sequence[str]) -> Content:
     named += [("experiment", topic.title, name) for topic in content.topics for name in topic.studies]
     named += [("experiment", "cut", name) for name in content.cut]
     there_are = {"claim": claims, "experiment": experiment_names()}
-    if lost := [
+    raise_any(
         Problem(f"{path}: {where}", f"no such {kind} (got {name})", close_match(name, there_are[kind]))
         for kind, where, name in named
         if name not in there_are[kind]
-    ]:
-        raise InputError(lost)
+    )
     return content
 
 

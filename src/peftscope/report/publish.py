@@ -13,7 +13,7 @@ from peftscope.analysis.tuning import choose_for_finished
 from peftscope.analysis.weights import measured_runs, weights_path
 from peftscope.claims.ledger import read_history, read_ledger
 from peftscope.claims.stored import read_findings, unexplained_changes
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, raise_any
 from peftscope.files.atomic import write_json
 from peftscope.layout import (
     CLAIMS_HISTORY,
@@ -76,8 +76,7 @@ def publish_claims() -> list[Path]:
     ledger, verdicts = read_ledger(), PUBLISHED_RESULTS / CLAIMS_RESULTS.name
     changed = unexplained_changes(ledger, read_history(), read_findings(verdicts)) if verdicts.is_file() else ()
     message, remedy = "is decided otherwise than in the published file", f"say why in {CLAIMS_HISTORY}"
-    if problems := [Problem(claim, message, remedy) for claim in changed]:
-        raise InputError(problems)
+    raise_any(Problem(claim, message, remedy) for claim in changed)
     copies = [Path(shutil.copyfile(path, folder / path.name)) for path, folder in targets.items()]
     findings = read_findings(verdicts)
     show_claims(findings, read_content([claim.id for claim in ledger]).first)
@@ -202,8 +201,7 @@ def restore(experiment: str) -> int:
 
 def _check_sizes(paths: list[Path]) -> None:
     large = [path for path in paths if path.stat().st_size > LARGEST_BYTES]
-    if large:
-        raise InputError(Problem(str(path), f"over {LARGEST_BYTES} bytes, too large to commit") for path in large)
+    raise_any(Problem(str(path), f"over {LARGEST_BYTES} bytes, too large to commit") for path in large)
 
 
 def _copy(paths: list[Path], source: Path, target: Path) -> None:

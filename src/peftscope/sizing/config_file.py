@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftscope.errors import InputError, Problem, close_match, shown
+from peftscope.errors import InputError, Problem, close_match, raise_any, shown
 from peftscope.hardware.cards import Gpu
 from peftscope.memory.base import Model, describe_model
 from peftscope.memory.beside import JOBS
@@ -106,8 +106,7 @@ def question_of(
     if cards is None and reading.sharded:
         where, what = f"{reading.path}: {reading.sharded}", "shards over cards, and the file does not say how many"
         reading.problems.append(Problem(where, what, "give --gpus"))
-    if reading.problems:
-        raise InputError(reading.problems)
+    raise_any(reading.problems)
     model = _model_of(reading)
     _default_targets(reading, model)
     model = _with_positions(reading, model)
@@ -121,8 +120,7 @@ def question_of(
             reading.options[option] = other
             line = f"{reading.keys[option]}: a model that is simulated has {what}; the answer is an upper bound"
             reading.not_modelled.append(line)
-    if reading.problems:
-        raise InputError(reading.problems)
+    raise_any(reading.problems)
     if cards is None:
         cards = 1
         reading.assumed.append(

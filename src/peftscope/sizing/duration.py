@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, raise_any
 from peftscope.hardware.cards import Gpu, Speed, known_speed
 from peftscope.memory.question import Question
 from peftscope.sizing.speed import fitted, step_time
@@ -45,8 +45,7 @@ class Schedule:
     def __post_init__(self) -> None:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         wrong = [(name, value) for name, value in given.items() if not 1e-12 < value < 1e12]
-        if wrong:
-            raise InputError(Problem(name, f"must be above 0 and below 1e12 (got {value:g})") for name, value in wrong)
+        raise_any(Problem(name, f"must be above 0 and below 1e12 (got {value:g})") for name, value in wrong)
         if self.examples is None and self.epochs is not None:
             raise InputError(Problem("epochs", "of how many examples is not said", "give --examples"))
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
-from peftscope.errors import InputError, Problem, close_match
+from peftscope.errors import InputError, Problem, close_match, raise_any
 from peftscope.hardware.cards import Fits, Gpu
 from peftscope.memory.allocator import segment_share
 from peftscope.memory.answer import Wanted, peaks_by_formula
@@ -102,10 +102,7 @@ def known_methods(names: str | None) -> list[str]:
     if not chosen:
         return [name for name in trained if METHODS[name].closed_form]
     unknown = [name for name in chosen if name not in trained]
-    if unknown:
-        raise InputError(
-            Problem("methods", f"unknown method (got {name!r})", close_match(name, trained)) for name in unknown
-        )
+    raise_any(Problem("methods", f"unknown method (got {name!r})", close_match(name, trained)) for name in unknown)
     return chosen
 
 
