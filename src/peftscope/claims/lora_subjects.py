@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,14 @@ def randomise_b(layer: Any, spread: float = 0.1, seed: int = 2) -> None:
     """Fills B with normal values of this standard deviation."""
     with torch.no_grad():
         factor_of(layer, "B").normal_(std=spread, generator=torch.Generator().manual_seed(seed))
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Callable[[], torch.Tensor], steps: int = 1) -> None:
+    """Takes steps of an optimizer down a loss."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
 
 
 def backward_steps(

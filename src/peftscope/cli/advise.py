@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.cli.console import FITS, wide_console
+from peftscope.cli.console import FITS, print_json, wide_console
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.files.content import LARGEST_COUNT
 from peftscope.words import counted, spoken_bytes, spoken_time
@@ -69,7 +68,7 @@ def advise_command(
     findings, where = known_findings(claims)
     advice = advise(situation, read_rules(), findings, where)
     if as_json:
-        print(json.dumps(advice.to_json(), ensure_ascii=False))
+        print_json(advice.to_json())
     else:
         show_advice(advice, wide_console(), why=why)
     raise typer.Exit(0 if advice.options else 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import chain
@@ -13,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from peftscope.cli.console import TRUE, wide_console, with_progress
+from peftscope.cli.console import TRUE, print_json, wide_console, with_progress
 from peftscope.errors import InputError, Problem, close_match, how_to_install, needs
 from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.layout import CLAIMS_FILE
@@ -82,7 +81,7 @@ def claims(
         page = write_claims_page(ledger, found)
         write_findings(ledger, found)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print_json(found)
         return
     console = wide_console()
     table = Table("id", "verdict", "claimed", "found", "claim", "holds for", box=None)

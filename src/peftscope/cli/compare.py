@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftscope.cli.console import TRUE, wide_console
+from peftscope.cli.console import TRUE, print_json, wide_console
 from peftscope.errors import InputError, Problem, needs
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def compare(
     check_spread(pairing)
     asked = read_margin(margin, (first, second), read_scores(base, metric) if base else None)
     if as_json:
-        print(json.dumps(comparison_json(first, second, pairing, asked), ensure_ascii=False))
+        print_json(comparison_json(first, second, pairing, asked))
     for line in [] if as_json else describe(first, second, pairing, asked):
         console.print(line, soft_wrap=True, markup=False)
 
@@ -102,7 +101,7 @@ def _rank(
             console.print(said, soft_wrap=True)
     else:
         rows = [ranking_json(ranking, spread, unit, chances[spread]) for spread, ranking in rankings.items()]
-        print(json.dumps(rows, ensure_ascii=False))
+        print_json(rows)
     if figure:
         draw_ranking(rankings[spreads[-1]], unit, figure)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -22,6 +23,11 @@ EXPERIMENT, PUBLISHED = "Experiments", "Published runs"
 def wide_console(width: int = 160) -> Console:
     """Returns a console that is so many characters wide where a program reads it, so that tables are not folded."""
     return Console(width=None if sys.stdout.isatty() else width, highlight=False, emoji=False)
+
+
+def print_json(content: Any) -> None:
+    """Prints content for programs, on one line."""
+    print(json.dumps(content, ensure_ascii=False))
 
 
 def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:

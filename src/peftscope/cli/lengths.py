@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from peftscope.cli.console import print_json
 from peftscope.cli.show import show_headroom, show_lengths
 from peftscope.errors import InputError, Problem, needs
 from peftscope.memory.question import Question
@@ -64,7 +64,7 @@ def tell_lengths(
 
             draw_lengths(answer, own["figure"])
     if as_json:
-        print(json.dumps(asdict(answer), ensure_ascii=False))
+        print_json(asdict(answer))
     else:
         show_lengths(answer, console)
         if question.gpu:

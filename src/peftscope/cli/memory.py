@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -15,7 +14,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
-from peftscope.cli.console import FITS, wide_console, with_progress
+from peftscope.cli.console import FITS, print_json, wide_console, with_progress
 from peftscope.errors import InputError, Problem, how_to_install, needs
 from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.files.content import parse_json
@@ -201,7 +200,7 @@ def memory_command(
         if card:
             more |= card.room(answer.least_device_bytes, answer.peak_device_bytes) | time_json(time)
             more["remedies"] = [asdict(remedy) for remedy in remedies]
-        print(json.dumps({**answer.to_json(), **more}, ensure_ascii=False))
+        print_json({**answer.to_json(), **more})
     else:
         console = wide_console()
         if reading:
@@ -232,7 +231,7 @@ def models(as_json: AsJson = False) -> None:
             }
             for name, preset in PRESETS.items()
         ]
-        print(json.dumps(rows, ensure_ascii=False))
+        print_json(rows)
         return
     show_models(wide_console())
 
@@ -263,7 +262,7 @@ def fit(
     asked = fit_methods(found, chosen, options, card, gpus, schedule)
     fits = list(with_progress(asked, len(found) * len(chosen), "fitting"))
     if as_json:
-        print(json.dumps([one.to_json() for one in fits], ensure_ascii=False))
+        print_json([one.to_json() for one in fits])
         return
     from peftscope.cli.show import show_fits
 
@@ -299,7 +298,7 @@ def cheapest(
 
             draw_cheapest(found, figure)
     if as_json:
-        print(json.dumps([one.to_json() for one in found], ensure_ascii=False))
+        print_json([one.to_json() for one in found])
         return
     from peftscope.cli.show import show_cheapest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftscope.cli.console import FITS, wide_console
+from peftscope.cli.console import FITS, print_json, wide_console
 from peftscope.cli.memory import AsJson, Gpus, MethodName, peaks_of_question, run_options
 from peftscope.errors import InputError, Problem, close_match, needs, raise_any
 from peftscope.memory.base import Model, describe_model
@@ -170,7 +169,7 @@ def why(
 
             draw_waterfall(answer, figure)
     if as_json:
-        print(json.dumps(asdict(answer), ensure_ascii=False))
+        print_json(asdict(answer))
         return
     from peftscope.cli.show import show_why
 
@@ -205,7 +204,7 @@ def oom(
     card = None if gpu is None else find_gpu(gpu)
     answer = diagnose(asked(replace(setting, options=setting.options | given), None, {}, card, 1), refusal)
     if as_json:
-        print(json.dumps(asdict(answer), ensure_ascii=False))
+        print_json(asdict(answer))
         return
     show_diagnosis(answer, wide_console())
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from peftscope.claims.lora_subjects import factor_of, lora_layer, regression
+from peftscope.claims.lora_subjects import descend, factor_of, lora_layer, regression
 from peftscope.claims.measurement import Measurement, log_slope
 
 WIDTH = 256
@@ -110,10 +110,7 @@ def _feature_changes(width: int, seed: int, rate_a: float, rate_b: float, steps:
     start = factor_of(layer, "A").detach().clone()
     groups = [{"params": [factor_of(layer, "A")], "lr": rate_a}, {"params": [factor_of(layer, "B")], "lr": rate_b}]
     optimizer = torch.optim.Adam(groups, eps=1e-30)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (-(layer(x) @ head) * labels).mean().backward()
-        optimizer.step()
+    descend(optimizer, lambda: (-(layer(x) @ head) * labels).mean(), steps)
     left = factor_of(layer, "B").detach()
     parts = ((factor_of(layer, "A").detach() - start), start)
     by_a, by_b = (float((x @ right.T @ left.T).square().mean().sqrt()) for right in parts)
@@ -130,7 +127,4 @@ def _loss(layer: Any, x: Any, target: Any) -> float:
 
 def _train(layer: Any, x: Any, target: Any, optimizer: Any, steps: int) -> None:
     """Trains on the sum of squared errors of each example, whose gradient at the outputs is of order 1."""
-    for _ in range(steps):
-        optimizer.zero_grad()
-        ((layer(x) - target).square().sum() / 2).backward()
-        optimizer.step()
+    descend(optimizer, lambda: (layer(x) - target).square().sum() / 2, steps)

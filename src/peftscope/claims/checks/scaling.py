@@ -15,6 +15,7 @@ from scipy.linalg import qr
 from peftscope.analysis.stats import share_interval
 from peftscope.claims.checks.adapters import scale
 from peftscope.claims.lora_subjects import (
+    descend,
     factor_of,
     lora_layer,
     lora_layers,
@@ -99,10 +100,7 @@ def update_slope(rank_stabilised: bool, ranks: Sequence[int], seeds: int, steps:
 
     def norm(layer: Any, x: Any, target: Any) -> float:
         optimizer = torch.optim.Adam([factor_of(layer, "A"), factor_of(layer, "B")], lr=1e-3)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            (layer(x) - target).square().mean().backward()
-            optimizer.step()
+        descend(optimizer, lambda: (layer(x) - target).square().mean(), steps)
         return update_of(layer).norm().item()
 
     return _slope(norm, rank_stabilised, ranks, seeds, "‖ΔW‖")
@@ -212,9 +210,7 @@ def _trajectory(alpha: float, init_a: float, rate_a: float, rate_b: float, epsil
     optimizer = torch.optim.Adam(groups, eps=epsilon)
     ids = token_ids(model)
     for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
+        descend(optimizer, lambda: model(input_ids=ids, labels=ids).loss)
         yield [(layer.get_base_layer().weight + update_of(layer), update_of(layer)) for layer in layers]
 
 

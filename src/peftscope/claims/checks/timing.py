@@ -33,7 +33,7 @@ Work = Callable[[], Any]
 
 def step_ratio(run: dict[str, Any], against: dict[str, Any], pairs: int = 12) -> Measurement:
     """Returns the time of a training step over that of another run's, on weights of the model's shape."""
-    return _paired(_training_step(MODEL, run), _training_step(MODEL, against), pairs, MODEL)
+    return _paired(_training_step(run), _training_step(against), pairs)
 
 
 def latency_ratio(run: dict[str, Any], work: Literal["prompt", "token"], pairs: int = 30) -> Measurement:
@@ -41,11 +41,11 @@ def latency_ratio(run: dict[str, Any], work: Literal["prompt", "token"], pairs: 
 
     The work is a whole prompt, or one further token with a key-value cache.
     """
-    apart, merged = (_forward(MODEL, run, work, merge) for merge in (False, True))
-    return _paired(apart, merged, pairs, MODEL)
+    apart, merged = (_forward(run, work, merge) for merge in (False, True))
+    return _paired(apart, merged, pairs)
 
 
-def _paired(above: Work, below: Work, pairs: int, model: str) -> Measurement:
+def _paired(above: Work, below: Work, pairs: int) -> Measurement:
     """Returns the median ratio of two works' times over pairs of turns."""
     for work in (above, below) * WARM_UP:
         work()
@@ -63,8 +63,8 @@ def _paired(above: Work, below: Work, pairs: int, model: str) -> Measurement:
         "threads": torch.get_num_threads(),
         "processor": processor_name(),
     }
-    named = f"random weights of {model}'s shape"
-    return Measurement(statistics.median(ratios), low, high, pairs, evidence=evidence, model=named)
+    model = f"random weights of {MODEL}'s shape"
+    return Measurement(statistics.median(ratios), low, high, pairs, evidence=evidence, model=model)
 
 
 def _random_base(question: Question) -> Any:
@@ -72,8 +72,8 @@ def _random_base(question: Question) -> Any:
     return random_model(question.model.config)
 
 
-def _training_step(model: str, run: dict[str, Any]) -> Work:
-    question = _question(model, {**RUN, **run})
+def _training_step(run: dict[str, Any]) -> Work:
+    question = _question(MODEL, {**RUN, **run})
     spec = question.spec
     trained = apply_method(_random_base(question), spec, spec.method.build_empty)
     rows = torch.randint(question.model.config["vocab_size"], (spec.batch_size, spec.seq_len)).tolist()
@@ -84,8 +84,8 @@ def _training_step(model: str, run: dict[str, Any]) -> Work:
     return lambda: train_step(trained, [batch], optimizer, spec, step=spec.steps // 2)
 
 
-def _forward(model: str, run: dict[str, Any], work: str, merge: bool) -> Work:
-    question = _question(model, {**RUN, **run})
+def _forward(run: dict[str, Any], work: str, merge: bool) -> Work:
+    question = _question(MODEL, {**RUN, **run})
     spec = question.spec
     adapted = spec.method.build(_random_base(question).requires_grad_(False), spec).eval()
     served = adapted.merge_and_unload() if merge else adapted

@@ -10,7 +10,7 @@ from peft import AdaLoraConfig, get_peft_model, optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftscope.claims.checks.counts import _count, _lora_count, _training_operations
-from peftscope.claims.lora_subjects import factor_of, lora_layers, lora_model
+from peftscope.claims.lora_subjects import descend, factor_of, lora_layers, lora_model
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.subjects import BLOCK_LINEAR, TINY, meta_model, tiny_llama, token_ids
 from peftscope.methods.fields import target_modules
@@ -60,9 +60,7 @@ def loraplus_step_ratio(ratio: float) -> Measurement:
     for letter in "BA":
         factors = [parameter for name, parameter in model.named_parameters() if f".lora_{letter}." in name]
         before = [factor.detach().clone() for factor in factors]
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
+        descend(optimizer, lambda: model(input_ids=ids, labels=ids).loss)
         steps[letter] = [float((now - old).detach().abs().median()) for now, old in zip(factors, before, strict=True)]
     evidence = {"step of A": max(steps["A"]), "step of B": min(steps["B"]), "matrices": sum(map(len, steps.values()))}
     return Measurement(min(steps["B"]) / max(steps["A"]), model=TINY, evidence=evidence)
