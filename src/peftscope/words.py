@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 MIB, GIB = 2**20, 2**30
 
@@ -52,6 +55,18 @@ def interval(value: float, low: Any, high: Any, told: Callable[[float], str], un
     ('50 % [25, 75]', '1')
     """
     return f"{told(value)}{unit}" + ("" if is_missing(low) else f" [{told(low)}, {told(high)}]")
+
+
+def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    """Returns the values of each key, in the order of both.
+
+    >>> grouped([("b", 1), ("a", 2), ("b", 3)])
+    {'b': [1, 3], 'a': [2]}
+    """
+    groups: dict[K, list[V]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def counted(number: int, one: str, more: str = "") -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from peftscope.words import grouped
+
 FRACTION, NATS = "fraction", "nats per token"
 LOSS = "loss"
 LOSSES = ("loss", "nll", "perplexity", "ppl", "bits_per_byte")
@@ -62,9 +64,7 @@ def unit_of(runs: Iterable[Scored]) -> str:
 
 def by_system(runs: Sequence[Scored]) -> dict[str, list[Scored]]:
     """Returns runs by their system. Of systems with one name and other settings, all but the first get a number."""
-    systems: dict[tuple[str, str], list[Scored]] = {}
-    for run in runs:
-        systems.setdefault((run.system, run.setting), []).append(run)
+    systems = grouped(((run.system, run.setting), run) for run in runs)
     named: dict[str, list[Scored]] = {}
     for (name, _), found in systems.items():
         alike = sum(other == name for other, _ in list(systems)[: len(named)])

@@ -35,6 +35,7 @@ from peftscope.planning.experiment import (
     read_experiment,
 )
 from peftscope.planning.published import LOSSES, VALIDATION, loss_rows, published_records
+from peftscope.words import grouped
 
 HELDOUT = "heldout_nll_nats_per_token"
 LOWEST = "lowest_validation_nll_nats_per_token"
@@ -218,9 +219,7 @@ class StudyResults:
             lender = self._tuning_of(borrowed.arm) if borrowed and borrowed.times == 1 else {}
             return Rate(next(iter(by_rate)), {}, by_rate, lender.get("regret_rms", 0.0))
         chosen = self._tuning_of(arm)
-        tried: dict[float, list[float | None]] = {}
-        for entry in chosen["tried"]:
-            tried.setdefault(entry["learning_rate"], []).append(entry["validation_nll"])
+        tried = grouped((entry["learning_rate"], entry["validation_nll"]) for entry in chosen["tried"])
         curve = {rate: mean_or_none(tried[rate]) for rate in sorted(tried)}
         return Rate(chosen["learning_rate"], curve, by_rate, chosen.get("regret_rms", 0.0))
 
@@ -286,11 +285,8 @@ class StudyResults:
     @cached_property
     def _places(self) -> dict[str, list[int]]:
         """The comparisons in the order of the table, each with the places of its runs there."""
-        places: dict[str, list[int]] = {}
-        for place, cell in enumerate(self.table["comparisons"]):
-            for name in dict.fromkeys(cell.split()):
-                places.setdefault(name, []).append(place)
-        return places
+        cells = enumerate(self.table["comparisons"])
+        return grouped((name, place) for place, cell in cells for name in dict.fromkeys(cell.split()))
 
     def _members(self, *comparisons: str) -> pd.DataFrame:
         """Returns the runs of some comparisons."""

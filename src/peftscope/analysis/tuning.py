@@ -21,6 +21,7 @@ from peftscope.planning.cells import TUNING
 from peftscope.planning.experiment import STEP, around, experiment_path, no_study, rounded
 from peftscope.planning.sweep import ROUNDS, Sweep, expand, runs_to_choose_from
 from peftscope.record import TRY_AGAIN, RunRecord, recover_record
+from peftscope.words import grouped
 
 OUT_OF_MEMORY = "memory ran out"
 
@@ -181,9 +182,7 @@ def _centre(sweep: Sweep, arm: str, tried: dict[str, RunRecord]) -> float:
 
 def _entries(tried: dict[str, RunRecord]) -> list[dict[str, Any]]:
     """Returns what was tried as JSON content, the rates in ascending order; None stands for a run that diverged."""
-    by_rate: dict[float, list[RunRecord]] = {}
-    for record in tried.values():
-        by_rate.setdefault(record.spec.learning_rate, []).append(record)
+    by_rate = grouped((record.spec.learning_rate, record) for record in tried.values())
     entries = []
     for rate, records in sorted(by_rate.items()):
         losses = [record.quality.validation_nll for record in records]

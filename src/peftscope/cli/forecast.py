@@ -12,7 +12,7 @@ from rich.table import Table
 from peftscope.cli.console import wide_console
 from peftscope.errors import InputError, Problem
 from peftscope.layout import record_path
-from peftscope.words import GIB, spoken_bytes, spoken_time
+from peftscope.words import GIB, grouped, spoken_bytes, spoken_time
 
 if TYPE_CHECKING:
     from peftscope.hardware.cards import Gpu
@@ -104,10 +104,7 @@ def _by_run(forecasts: Sequence[Forecast]) -> Table:
 
 def _by_method(forecasts: Sequence[Forecast]) -> Table:
     table = Table("method", "runs", "time", "peak (GiB)", "", box=None)
-    groups: dict[str, list[Forecast]] = {}
-    for f in forecasts:
-        groups.setdefault(_name(f), []).append(f)
-    for name, group in groups.items():
+    for name, group in grouped((_name(f), f) for f in forecasts).items():
         peak = "?" if all(f.unknown for f in group) else f"{_largest(group) / GIB:.1f}"
         table.add_row(name, str(len(group)), spoken_time(sum(f.seconds for f in group)), peak, _verdict(group))
     return table

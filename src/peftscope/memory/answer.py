@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import inf
@@ -20,7 +19,7 @@ from peftscope.memory.formula.terms import SOURCES, evaluation_sizes, sizes_of
 from peftscope.memory.question import Question
 from peftscope.memory.shares import RESIDENT, on_card, share_of
 from peftscope.memory.trace import KINDS, Block, Peak, Trace, by_kind, factors
-from peftscope.words import listed
+from peftscope.words import grouped, listed
 
 AGREEMENT_FILE = Path(__file__).with_name("agreement.json")
 """The differences between closed form and simulation. ``make agreement`` writes this file."""
@@ -308,9 +307,7 @@ def _tree(blocks: list[Block]) -> dict[str, Any]:
 
 def terms_of(blocks: list[Block]) -> list[Term]:
     """Returns the blocks grouped by kind, name and formula, with the largest group of each kind first."""
-    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    for block in blocks:
-        groups[block.kind, block.term or name_of(block), block.formula].append(block.size)
+    groups = grouped(((b.kind, b.term or name_of(b), b.formula), b.size) for b in blocks)
     terms = [
         Term(kind, name, len(sizes), formula, sum(sizes), SOURCES.get(name, SOURCES.get(kind, "")))
         for (kind, name, formula), sizes in groups.items()

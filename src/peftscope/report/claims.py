@@ -33,7 +33,7 @@ from peftscope.report.spoken import (
     spoken_worlds,
 )
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
-from peftscope.words import capitalised, spoken_number
+from peftscope.words import capitalised, grouped, spoken_number
 
 COLOURS = {
     Verdict.HOLDS: "#2a7f4f",
@@ -70,9 +70,7 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     entries = [_entry(claim, by_id[claim.id]) for claim in claims if claim.id in by_id]
     entries.sort(key=lambda entry: order.index(row_of(entry["finding"])))
     counts = {v: sum(finding["verdict"] == v for finding in findings) for v in COLOURS}
-    topics: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        topics.setdefault(entry["claim"].section, []).append(entry)
+    topics = grouped((entry["claim"].section, entry) for entry in entries)
 
     def place(topic: str) -> float:
         return mean(order.index(row_of(entry["finding"])) for entry in topics[topic])

@@ -17,7 +17,7 @@ from peftscope.analysis.study import HELDOUT, VALIDATION, StudyResults
 from peftscope.data.tasks import symbols_of
 from peftscope.planning.experiment import A_A
 from peftscope.report.sentences import spoken_outcome
-from peftscope.words import capitalised, formatted, interval, listed, quoted, signed
+from peftscope.words import capitalised, formatted, grouped, interval, listed, quoted, signed
 
 CONTROLS = {
     "a-a": "another initialisation seed (A/A)",
@@ -113,9 +113,7 @@ def samples_to(study: StudyResults, loss: float, arm: str) -> list[float]:
 
 def told_left_out(study: StudyResults) -> str:
     """Returns the arms that a study leaves out, with the reasons; empty if there are none."""
-    reasons: dict[str, list[str]] = {}
-    for arm, reason in study.left_out.items():
-        reasons.setdefault(reason, []).append(quoted(study.labels[arm]))
+    reasons = grouped((reason, quoted(study.labels[arm])) for arm, reason in study.left_out.items())
     return "; ".join(f"{', '.join(arms)} ({reason})" for reason, arms in reasons.items())
 
 

@@ -29,7 +29,7 @@ from peftscope.report.rendering import write_page
 from peftscope.report.shares import arms_shown
 from peftscope.report.spoken import decided, deciding, in_full, own_scope, spoken_finding, spoken_scope, spoken_verdict
 from peftscope.report.worlds import WORLDS_FIGURE
-from peftscope.words import capitalised, spoken_time
+from peftscope.words import capitalised, grouped, spoken_time
 
 ORDER = [Verdict.WRONG, Verdict.IN_PART, Verdict.HOLDS, Verdict.OPEN]
 """What surprises comes first."""
@@ -143,10 +143,7 @@ def _carried(findings: list[dict[str, Any]], said: dict[str, Apart]) -> dict[str
     """Returns the claims that are decided in two worlds or more: those on which these disagree, then by verdict."""
     several = [finding for finding in findings if len(decided(finding)) > 1]
     apart = [finding for finding in several if len({*decided(finding).values()}) > 1]
-    alike: dict[str, list[str]] = {}
-    for finding in several:
-        if finding not in apart:
-            alike.setdefault(spoken_verdict(finding), []).append(finding["id"])
+    alike = grouped((spoken_verdict(finding), finding["id"]) for finding in several if finding not in apart)
     lines = [_line(finding) | {"remark": said.get(finding["id"])} for finding in apart]
     return {"count": len(several), "apart": lines, "alike": alike}
 

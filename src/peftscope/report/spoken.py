@@ -9,7 +9,7 @@ from typing import Any
 from peftscope.analysis.compare import MARGIN
 from peftscope.claims.measurement import POINTS, TOKENS, WITHIN
 from peftscope.claims.verdict import OF_SIZE, UNDECIDED, Verdict
-from peftscope.words import listed, scale_of, spoken_number, spoken_quantity
+from peftscope.words import grouped, listed, scale_of, spoken_number, spoken_quantity
 
 NAMES = {
     "smollm2-135m": "SmolLM2-135M",
@@ -164,9 +164,7 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     """
     worlds, judged = len(finding["worlds"]), judged_in(finding)
     if judged:
-        where: dict[str, list[str]] = {}
-        for world, verdict in judged.items():
-            where.setdefault(verdict, []).append(world)
+        where = grouped((verdict, world) for world, verdict in judged.items())
         told = {verdict: verdict + _size_in(those, finding, verdict) for verdict, those in where.items()}
         if len({*decided(finding).values()}) > 1:
             each = [told[verdict] + listed(map(on_world, those), last=" and") for verdict, those in where.items()]
