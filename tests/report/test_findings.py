@@ -39,6 +39,9 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
     apart = {"P2": {"why": "Words are many.", "test": "More words."}}
     by_id["P2"] |= {"verdict": "holds in part", "in_worlds": {"m, sums": "holds", "m, words": "wrong"}}
     by_id["P1"] |= {"verdict": "wrong", "in_worlds": {"m, sums": "wrong", "m, words": "wrong", "n, words": "open"}}
+    by_id["P3"] |= {"verdict": "holds in part", "in_worlds": {"m, x": "holds in part", "m, y": "holds in part"}}
+    one = next(part for part in by_id["P3"]["parts"] if part["role"] != "beside")
+    by_id["P3"]["parts"] += [one | {"model": "m, x", "verdict": "wrong"}, one | {"model": "m, y", "verdict": "holds"}]
     Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "first": first, "apart": apart}))
     by_id["S34"]["verdict"], by_id["S97"]["verdict"], by_id["S6"]["verdict"] = "holds", "not run", "wrong"
     page = write_findings(tuple(claims().values()), findings).read_text()
@@ -48,7 +51,8 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
     assert page.index("**S6**") < page.index("**S34**") < page.index("Not run, or not in full: [S97](claims.md#S97)")
     assert re.search(r"\n\n\*In doubt.\* The rates are too low.\n\n\*A (much )?larger model \(not tested\).\*", page)
     assert "**Wrong**" in page and "**Holds**" in page and "Words are many. *What would test it.*" in page
-    assert "; wrong on words with m**" in page and "2 claims on training" in page and "them: wrong in 2 of 3" in page
+    assert "; wrong on words with m**" in page and "3 claims on training" in page and "them: wrong in 2 of 3" in page
+    assert page.index("Holds in part in 2 of 2 worlds, by other parts in each") < page.index("3 claims on training")
     (row,) = [line for line in page.splitlines() if line.startswith("| variants-60 |")]
     for finding in findings:
         if any(p["with"].get("study") == "variants-60" and p["role"] != "beside" for p in finding["parts"]):

@@ -41,7 +41,7 @@ def claims(
 
     from peftscope.claims.ledger import Kind, read_ledger
     from peftscope.claims.stored import published_findings
-    from peftscope.report.spoken import spoken_finding, spoken_scope, spoken_verdict, told
+    from peftscope.report.spoken import spoken_finding, spoken_known, spoken_scope, spoken_verdict, told
 
     if add:
         _add()
@@ -86,7 +86,7 @@ def claims(
     console = wide_console()
     table = Table("id", "verdict", "claimed", "found", "claim", "holds for", box=None)
     for finding in found:
-        verdict = spoken_verdict(finding) + (f" ({finding['known']})" if finding["known"] else "")
+        verdict = spoken_verdict(finding) + (f" ({ways})" if (ways := spoken_known(finding)) else "")
         statement, scope = known[finding["id"]].statement, spoken_scope(finding)
         table.add_row(finding["id"], verdict, finding["claimed"], spoken_finding(finding), statement, scope)
     if len(found) > 1:

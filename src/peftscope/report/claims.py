@@ -27,10 +27,12 @@ from peftscope.report.spoken import (
     on_world,
     own_scope,
     spoken_finding,
+    spoken_known,
     spoken_moves,
     spoken_scope,
     spoken_verdict,
     spoken_worlds,
+    trained_in,
 )
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
 from peftscope.words import capitalised, grouped, spoken_number
@@ -112,14 +114,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     said = spoken_finding(key) if key else "-"
     short = (own_scope(key, finding) if key else "") or spoken_scope(finding, short=True)
     others = spoken_finding(finding, but=said)
-    worlds = {part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None}
-    known = finding["known"]
-    for world in worlds:
-        known = known.replace(f" on {world}", on_world(world) if len(worlds) > 1 else "")
-    ways = known.split("; ")
-    known = "; ".join(way for way in ways if not any(other.startswith(f"{way},") for other in ways))
-    known = known.replace("; trained, ", "; ")
-    scope = spoken_scope(finding)
+    known, scope = spoken_known(finding), spoken_scope(finding)
     rest = scope.removeprefix(short).lstrip(",; ")
     judged, correction = list(judged_in(finding)), claim.correction
     if judged and correction:
@@ -135,7 +130,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "found": spoken_finding(finding),
         "also": others if others != "-" else "",
         "basis": capitalised("; ".join(filter(None, [known, rest]))) if known else rest and f"For {rest}",
-        "worlds": {spoken_worlds([world]) for world in worlds} or {NO_WORLD},
+        "worlds": {spoken_worlds([world]) for world in trained_in(finding)} or {NO_WORLD},
         "instead": (correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),
         "decider": what_would_decide(claim, finding),

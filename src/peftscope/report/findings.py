@@ -27,7 +27,16 @@ from peftscope.report.front import Surprise, rests_on, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import write_page
 from peftscope.report.shares import arms_shown
-from peftscope.report.spoken import decided, deciding, in_full, own_scope, spoken_finding, spoken_scope, spoken_verdict
+from peftscope.report.spoken import (
+    decided,
+    deciding,
+    disagree,
+    in_full,
+    own_scope,
+    spoken_finding,
+    spoken_scope,
+    spoken_verdict,
+)
 from peftscope.report.worlds import WORLDS_FIGURE
 from peftscope.words import capitalised, grouped, spoken_time
 
@@ -142,7 +151,7 @@ def _rounding(findings: list[dict[str, Any]]) -> str:
 def _carried(findings: list[dict[str, Any]], said: dict[str, Apart]) -> dict[str, Any]:
     """Returns the claims that are decided in two worlds or more: those on which these disagree, then by verdict."""
     several = [finding for finding in findings if len(decided(finding)) > 1]
-    apart = [finding for finding in several if len({*decided(finding).values()}) > 1]
+    apart = [finding for finding in several if disagree(finding)]
     alike = grouped((spoken_verdict(finding), finding["id"]) for finding in several if finding not in apart)
     lines = [_line(finding) | {"remark": said.get(finding["id"])} for finding in apart]
     return {"count": len(several), "apart": lines, "alike": alike}

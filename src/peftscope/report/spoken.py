@@ -146,6 +146,19 @@ def decided(finding: dict[str, Any]) -> dict[str, str]:
     return {world: said for world, said in judged_in(finding).items() if said not in UNDECIDED}
 
 
+def disagree(finding: dict[str, Any]) -> bool:
+    """Returns whether the worlds that decided a claim differ: in its verdict, or in which of its parts hold.
+
+    >>> part = {"role": "assertion", "measures": "x", "model": "m, x", "verdict": "holds"}
+    >>> found = {"in_worlds": {"m, x": "holds in part", "m, y": "holds in part"}, "parts": [part]}
+    >>> disagree(found), disagree({**found, "parts": [part, {**part, "model": "m, y", "verdict": "wrong"}]})
+    (False, True)
+    """
+    worlds = decided(finding)
+    parts = grouped((part["measures"], part["verdict"]) for part in deciding(finding) if part["model"] in worlds)
+    return len({*worlds.values()}) > 1 or any({Verdict.HOLDS, Verdict.WRONG} <= {*said} for said in parts.values())
+
+
 def spoken_verdict(finding: dict[str, Any]) -> str:
     """Returns a claim's verdict, with its worlds if the claim speaks of models and tasks at large.
 
@@ -158,6 +171,7 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     >>> spoken_verdict({"verdict": "holds", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "open"}})
     'holds in 1 of 2 worlds, open in 1'
     >>> size = {"role": "assertion", "verdict": "wrong", "model": "m, x", "reason": "no difference that matters"}
+    >>> size["measures"] = "loss"
     >>> said = {"m, x": "wrong", "m, y": "open"}
     >>> spoken_verdict({"verdict": "wrong", "worlds": [], "in_worlds": said, "parts": [size]})
     'wrong (no difference that matters) in 1 of 2 worlds, open in 1'
@@ -170,6 +184,7 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
             each = [told[verdict] + listed(map(on_world, those), last=" and") for verdict, those in where.items()]
             return f"{finding['verdict']}: {'; '.join(each)}"
         mine = f"{told[finding['verdict']]} in {len(where.pop(finding['verdict']))} of {len(judged)} worlds"
+        mine += ", by other parts in each" * disagree(finding)
         return ", ".join([mine, *(f"{verdict} in {len(those)}" for verdict, those in where.items())])
     place = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
     if finding["verdict"] == Verdict.NOT_RUN:
@@ -222,10 +237,25 @@ def spoken_moves(finding: dict[str, Any]) -> str:
     return before and f"Its rule changed after the result: {before}."
 
 
+def trained_in(finding: dict[str, Any]) -> set[str]:
+    """Returns the worlds of the trainings that decide a claim."""
+    return {part["model"] for part in deciding(finding) if part["kind"] == "training" and part["found"] is not None}
+
+
+def spoken_known(finding: dict[str, Any]) -> str:
+    """Returns how a claim is known, with its worlds if trainings in several decide it."""
+    worlds, known = trained_in(finding), finding["known"]
+    for world in worlds:
+        known = known.replace(f" on {world}", on_world(world) if len(worlds) > 1 else "")
+    ways = known.split("; ")
+    known = "; ".join(way for way in ways if not any(other.startswith(f"{way},") for other in ways))
+    return known.replace("; trained, ", "; ")
+
+
 def told(finding: dict[str, Any], statement: str) -> list[str]:
     """Returns a claim in lines: what it says, its verdict, every number that decides, its scope, how it is known."""
     numbers = [spoken_finding(part) for part in deciding(finding)]
-    about = [spoken_scope(finding), finding["known"], spoken_moves(finding)]
+    about = [spoken_scope(finding), spoken_known(finding), spoken_moves(finding)]
     return [statement, f"{spoken_verdict(finding)}:", *dict.fromkeys(numbers), *filter(None, about)]
 
 
