@@ -164,7 +164,7 @@ def test_pairs_take_turns_and_their_median_ratio_stands_in_its_interval() -> Non
 
         return nap
 
-    found = timing._paired(work("slow", 0.006), work("quick", 0.002), pairs=6, model="toy")
+    found = timing._paired(work("slow", 0.006), work("quick", 0.002), pairs=6)
     assert calls == ["slow", "quick"] * 2 + ["slow", "quick", "quick", "slow"] * 3
     assert found.n == 6
     assert found.low <= found.value <= found.high

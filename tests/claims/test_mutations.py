@@ -296,8 +296,8 @@ def test_a_work_that_takes_longer_flips_the_claim_on_its_time(monkeypatch: Any) 
 
     naps = {"full": 4.0, "lora": 2.0, "adalora": 2.2}
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
-    monkeypatch.setattr(timing, "_training_step", lambda model, run: work(naps[run["method"]]))
-    monkeypatch.setattr(timing, "_forward", lambda model, run, kind, merge: work(4.0 if merge else 2.0))
+    monkeypatch.setattr(timing, "_training_step", lambda run: work(naps[run["method"]]))
+    monkeypatch.setattr(timing, "_forward", lambda run, kind, merge: work(4.0 if merge else 2.0))
     parts = [part_with("P12", "timing.step_ratio"), part_with("S71", "timing.latency_ratio", work="token")]
     parts.append(part_with("P60", "timing.step_ratio"))
     before = [found_with(part, pairs=10).verdict for part in parts]
