@@ -1,4 +1,4 @@
-"""Words for numbers: bytes, times and quantities, with intervals and signs, one by one and in rows."""
+"""Words for numbers: bytes, times and quantities, with intervals and signs; lists of words, and values by key."""
 
 from __future__ import annotations
 
