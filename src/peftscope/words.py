@@ -25,6 +25,15 @@ def formatted(value: Any, form: str, unit: float = 1) -> str:
     return "-" if is_missing(value) else format(value / unit, form)
 
 
+def spoken_bound(percent: float | None) -> str:
+    """Returns the percent that a difference is within, rounded up to a decimal, so that what is said stays true.
+
+    >>> spoken_bound(2.52), spoken_bound(2.5), spoken_bound(None)
+    ('2.6', '2.5', '-')
+    """
+    return "-" if percent is None or math.isnan(percent) else f"{math.ceil(10 * percent) / 10:.1f}"
+
+
 def plain(value: Any) -> str:
     """Returns the value of a setting, or a dash if it is missing.
 

@@ -534,8 +534,9 @@ def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     assert re.search(r"“LoRA, thin” is behind full .* by more than 2\.5 % .*\(−.* LoRA is behind full .*\(−", said)
     # Of many comparisons it tells no numbers, but it still tells the sides apart.
     better = table.assign(difference=-table["difference"])
-    said = answer(pd.concat([table, better, table]), study.labels)
-    assert said.count("are “LoRA, thin” and “LoRA, thin”.") == said.count("“LoRA, thin” is ahead of ") == 2
+    said = answer(pd.concat([table] * 3 + [better] * 2), study.labels)
+    several = "“LoRA, thin” and “LoRA, thin” are "
+    assert said.count(f"{several}behind ") == said.count(f"{several}ahead of ") == 2
     assert "[" not in said
     assert "[" in answer(pd.concat([table, better, table[:2]]), study.labels)
     # What the interval alone would decide, and the correction does not.

@@ -52,7 +52,7 @@ def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repositor
     assert re.search(r"\n\n\*In doubt.\* The rates are too low.\n\n\*A (much )?larger model \(not tested\).\*", page)
     assert "**Wrong**" in page and "**Holds**" in page and "Words are many. *What would test it.*" in page
     assert "; wrong on words with m**" in page and "3 claims on training" in page and "them: wrong in 2 of 3" in page
-    assert page.index("Holds in part in 2 of 2 worlds, by other parts in each") < page.index("3 claims on training")
+    assert page.index("Holds in part in 2 of 2 worlds, another part in each") < page.index("3 claims on training")
     (row,) = [line for line in page.splitlines() if line.startswith("| variants-60 |")]
     for finding in findings:
         if any(p["with"].get("study") == "variants-60" and p["role"] != "beside" for p in finding["parts"]):

@@ -17,18 +17,18 @@ from peftscope.analysis.study import HELDOUT, VALIDATION, StudyResults
 from peftscope.data.tasks import symbols_of
 from peftscope.planning.experiment import A_A
 from peftscope.report.sentences import spoken_outcome
-from peftscope.words import capitalised, formatted, grouped, interval, listed, quoted, signed
+from peftscope.words import capitalised, formatted, grouped, interval, listed, quoted, signed, spoken_bound
 
 CONTROLS = {
     "a-a": "another initialisation seed (A/A)",
     "zero-lr": "a learning rate of zero",
     "shuffled-labels": "trained on shuffled answers",
 }
-MOST_WITH_NUMBERS = 8
+MOST_WITH_NUMBERS = 16
 """The most comparisons whose numbers the answer tells. Of more it names the arms; the report has their numbers."""
 EXPLAINED = (
-    "Above zero is better. Holm's correction is for all comparisons of the study: it may leave open what one interval "
-    "alone would decide. “Within” is the smallest margin at which two one-sided tests call two arms the same."
+    "Above zero is better. Holm's correction is for all comparisons of the study: it may leave open what one "
+    "interval would decide. “Within” is the smallest margin at which two one-sided tests call two the same, rounded up."
 )
 LEGEND = (
     f" Numbers are % of the task gain with {100 * CONFIDENCE:g} % intervals, points are exact match unless they say of "
@@ -115,6 +115,11 @@ def told_left_out(study: StudyResults) -> str:
     """Returns the arms that a study leaves out, with the reasons; empty if there are none."""
     reasons = grouped((reason, quoted(study.labels[arm])) for arm, reason in study.left_out.items())
     return "; ".join(f"{', '.join(arms)} ({reason})" for reason, arms in reasons.items())
+
+
+def at_one_rate(study: StudyResults) -> str:
+    """Returns the sentence that leads what a study says of arms at one rate each; empty where they ran at several."""
+    return "" if study.has_several_rates(*study.arms) else "Each arm ran at one rate. "
 
 
 def controls(study: StudyResults) -> pd.DataFrame:
@@ -219,7 +224,7 @@ def readable_difference(row: dict[Any, Any], reference: str) -> dict[str, str]:
     return {
         "pairs": _pairs(row),
         f"ahead of {reference} by (% of the task gain)": _signed(row, "percent", ".1f") if has_gain else "-",
-        "within (%)": formatted(row.get("bound_percent"), ".1f"),
+        "within (%)": spoken_bound(row.get("bound_percent")),
         points: _signed(row, "accuracy", ".1f") + mark if pd.notna(row.get("accuracy")) else "-",
         "by (nats/token)": _signed(row, "difference", ".4f"),
     }
@@ -286,7 +291,7 @@ def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND) ->
     def number(row: dict[Any, Any]) -> str:
         points = f"; {_signed(row, 'accuracy', '.1f')} points" if row.get("is_whole_split") is True else ""
         points += f" of {row['points_of']}" if points and "points_of" in row else ""
-        return f" ({_signed(row, 'percent', '.1f')}, within {row['bound_percent']:.1f}{points})" * has_numbers
+        return f" ({_signed(row, 'percent', '.1f')}, within {spoken_bound(row['bound_percent'])}{points})" * has_numbers
 
     def place(row: dict[Any, Any]) -> tuple[bool, int, str]:
         return row["against"] != tested["against"].iloc[0], order.index(row["outcome"]), clause(row)
@@ -294,7 +299,7 @@ def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND) ->
     sentences = []
     for said, alike in groupby(sorted(tested.to_dict("records"), key=place), clause):
         first, *others = rows = list(alike)
-        each = [named(row["arm"]) + number(row) for row in rows]
-        several, one = f"{said} are {listed(each, last=' and ')}.", f"{named(first['arm'])} is {said}{number(first)}."
-        sentences.append(capitalised(several if others else one))
+        several = listed([named(row["arm"]) + number(row) for row in rows], last=" and ")
+        one = f"{named(first['arm'])} is {said}{number(first)}."
+        sentences.append(capitalised(f"{several} are {said}." if others else one))
     return " ".join(sentences) + (legend if has_numbers else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
-from peftscope.report.contrasts import EXPLAINED, contrasts, readable_contrasts, told_left_out
+from peftscope.report.contrasts import EXPLAINED, at_one_rate, contrasts, readable_contrasts, told_left_out
 from peftscope.report.spoken import spoken_worlds
 from peftscope.report.tables import markdown
 
@@ -19,7 +19,7 @@ def caption(study: StudyResults) -> str:
     return (
         f"How far each arm is ahead of {study.labels[study.reference]} in held-out loss "
         f"({spoken_worlds([study.subject])}), in % of the task gain, with {100 * CONFIDENCE:g} % intervals over pairs "
-        f"of seeds. {EXPLAINED}" + (f" Left out: {said}." if (said := told_left_out(study)) else "")
+        f"of seeds. {at_one_rate(study)}{EXPLAINED}" + (f" Left out: {said}." if (said := told_left_out(study)) else "")
     )
 
 

@@ -18,8 +18,9 @@ from peftscope.layout import FINDINGS_FILE, PUBLISHED_REPORTS, PUBLISHED_RESULTS
 from peftscope.memory.answer import AGREEMENT_FILE
 from peftscope.models.catalog import find_model
 from peftscope.planning.experiment import experiment_path, read_experiment
+from peftscope.planning.resolve import flat_fields, spec_from
 from peftscope.report.claims import COLOURS, ROWS, row_of
-from peftscope.report.spoken import decided, deciding, spoken_scope, spoken_worlds
+from peftscope.report.spoken import decided, deciding, judged_in, spoken_scope, spoken_worlds
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.worlds import WORLDS_FIGURE, show_worlds
 from peftscope.words import counted
@@ -75,8 +76,8 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         if verdicts
     )
     lines = surprising(findings, surprises, PUBLISHED_REPORTS / "claims.md")[:MOST_SURPRISES]
-    figure = f"\n\n![{said}]({WORLDS_FIGURE})" if (said := show_worlds()) else ""
-    shown = f"![{len(findings)} claims: {words}]({BAR}){figure}\n\n" + "\n".join(lines) + "\n"
+    figure = f"![{said}]({WORLDS_FIGURE})\n\n" if (said := show_worlds()) else ""
+    shown = f"{figure}![{len(findings)} claims: {words}]({BAR})\n\n" + "\n".join(lines) + "\n"
     _show(BEGIN, shown, END)
     basis = rests_on(findings)
     for page in filter(Path.is_file, (README, RESTS_ON)):
@@ -99,16 +100,22 @@ def rests_on(findings: list[dict[str, Any]]) -> dict[str, Any]:
     assert shape is not None
     assert settings.study is not None
     worlds = list(dict.fromkeys(world for finding in findings for world in finding["worlds"]))
+    trained = [finding for finding in findings if row_of(finding) == next(iter(ROWS))]
+    several = sum(len(judged_in(finding)) > 1 for finding in trained)
+    told = f" ({several} of {len(trained)} claims on {'both' if len(worlds) == 2 else 'two or more'})"
+    lora = flat_fields(spec_from({}, experiment_path(BASE), "cpu"))
     return {
         "claims": len(findings),
-        "trained": sum(row_of(finding) == next(iter(ROWS)) for finding in findings),
+        "trained": len(trained),
         "worlds": counted(len(worlds), "world"),
         "models": len({world.partition(",")[0] for world in worlds}),
-        "where": spoken_worlds(worlds),
+        "where": spoken_worlds(worlds) + told * (len(worlds) > 1),
         "base": spoken_worlds([settings.fixed["model"]]),
         "millions": round(shape.parameters / 1e6),
         "steps": settings.fixed["steps"],
         "seeds": len(settings.study.seeds),
+        "rank": lora["rank"],
+        "alpha": f"{lora['alpha']:g}",
     }
 
 

@@ -18,7 +18,7 @@ from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import LEADERBOARD, PUBLISHED_REPORTS, REPORTS, RESULTS, published, published_paths, report_path
-from peftscope.planning.experiment import A_A
+from peftscope.planning.experiment import A_A, WORLDS
 from peftscope.report.contrasts import contrasts, controls, readable_difference, told
 from peftscope.report.rendering import asset, write_page
 from peftscope.report.spoken import spoken_worlds
@@ -95,7 +95,8 @@ def read_sections(folder: Path = REPORTS) -> tuple[list[Section], dict[str, str]
     own = [] if is_published else list(RESULTS.glob("*/runs.csv"))
     worlds: dict[frozenset[str], dict[tuple[Any, ...], Entry]] = {}
     left_out = {}
-    for name in sorted({path.parent.name for path in [*own, *published_paths("runs.csv")]}):
+    names = {path.parent.name for path in [*own, *published_paths("runs.csv")]}
+    for name in sorted(names, key=lambda name: (name not in WORLDS.values(), name)):  # those of several rates first
         try:
             study = StudyResults(name, is_published=is_published)
             if not study.arms:

@@ -9,7 +9,7 @@ from typing import Any
 from peftscope.analysis.compare import MARGIN
 from peftscope.claims.measurement import POINTS, TOKENS, WITHIN
 from peftscope.claims.verdict import OF_SIZE, UNDECIDED, Verdict
-from peftscope.words import grouped, listed, scale_of, spoken_number, spoken_quantity
+from peftscope.words import grouped, listed, scale_of, spoken_bound, spoken_number, spoken_quantity
 
 NAMES = {
     "smollm2-135m": "SmolLM2-135M",
@@ -82,9 +82,9 @@ def spread(part: dict[str, Any], sides: bool = False) -> str:
 
     >>> part = {"low": -0.02, "high": 0.05, "unit": "of the task gain", "evidence": {WITHIN: 0.04}}
     >>> spread(part), spread(part, sides=True), spread(part | {"high": -0.01}, sides=True)
-    (' (-2 to 5)', ' (2 behind to 5 ahead, within 4)', ' (1 to 2 behind, within 4)')
+    (' (-2 to 5)', ' (2 behind to 5 ahead, within 4.0)', ' (1 to 2 behind, within 4.0)')
     >>> spread(part | {"judged": {"same_within": 0.05}}, sides=True)
-    ' (2 behind to 5 ahead, within 4, margin 5)'
+    ' (2 behind to 5 ahead, within 4.0, margin 5)'
     """
     if part["low"] is None:
         return ""
@@ -95,7 +95,7 @@ def spread(part: dict[str, Any], sides: bool = False) -> str:
         high += " behind" if max(ends) <= 0 else " ahead"
         low += " behind" * (min(ends) < 0 < max(ends))
         if bound := part["evidence"].get(WITHIN):
-            high += f", within {spoken_number(scale_of(part['unit']) * bound)}"
+            high += f", within {spoken_bound(scale_of(part['unit']) * bound)}"
             asked = max((abs(a) for a in part.get("judged", {}).values() if not isinstance(a, str)), default=0)
             if asked not in (0, MARGIN):
                 high += f", margin {spoken_number(scale_of(part['unit']) * asked)}"
@@ -184,7 +184,7 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
             each = [told[verdict] + listed(map(on_world, those), last=" and") for verdict, those in where.items()]
             return f"{finding['verdict']}: {'; '.join(each)}"
         mine = f"{told[finding['verdict']]} in {len(where.pop(finding['verdict']))} of {len(judged)} worlds"
-        mine += ", by other parts in each" * disagree(finding)
+        mine += ", another part in each" * disagree(finding)
         return ", ".join([mine, *(f"{verdict} in {len(those)}" for verdict, those in where.items())])
     place = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
     if finding["verdict"] == Verdict.NOT_RUN:

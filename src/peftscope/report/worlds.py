@@ -28,11 +28,11 @@ QUESTIONS = {
     "rank 64": ("r64", "lora"),
     "attention alone": ("attention-r21", "lora"),
     "feed-forward alone": ("mlp-r13", "lora"),
-    "rank 1, ahead of full": ("r1", "full"),
-    "feed-forward, ahead of attention": ("mlp-r13", "attention-r21"),
+    "rank 1 against full": ("r1", "full"),
+    "feed-forward against attention": ("mlp-r13", "attention-r21"),
 }
 """The rows of the figure in their order: two arms of the studies of worlds, of which the first may be ahead."""
-FORGETS_LESS = {"forgetting, full ahead of LoRA": ("full", "lora")}
+FORGETS_LESS = {"forgetting, full against LoRA": ("full", "lora")}
 """The last row, which has a scale of its own: two arms, of which the first may forget less at the same loss."""
 WORLDS_FIGURE = PUBLISHED_RESULTS / "worlds.svg"
 
@@ -77,13 +77,13 @@ def show_worlds() -> str:
                 _draw(axes, table[table["world"] == world].set_index("question").reindex(list(questions)))
         for axes, below, world in zip(*panels, worlds, strict=True):
             axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="0.5", alpha=0.25, linewidth=0)
-            axes.set(title=spoken_worlds([world]).replace(" on ", "\n"), xlabel="% of the task gain")
-            below.set(xlabel="bits per byte")
+            axes.set(title=spoken_worlds([world]).replace(" on ", "\n"), xlabel="ahead by % of the task gain")
+            below.set(xlabel="ahead by bits per byte")
         panels[0][0].set_ylim(len(QUESTIONS) - 0.5, -0.5)
     ahead = "How far each arm ends ahead of LoRA of rank 8, or of the named one, at its best rate, with 95 % intervals"
     last = "The last row says how much less full fine-tuning forgets of English prose than LoRA at the same loss on "
     last += "the task, each at its best rate; other rates say otherwise"
-    band = f"The band is ±{100 * MARGIN:g} %, which counts as the same. Where a row is empty, an arm has not run"
+    band = f"The band is ±{100 * MARGIN:g} %, which counts as the same. Where a row is empty, an arm has not finished"
     return f"{ahead}, for {spoken_worlds(worlds)}. {band}. {last}."
 
 

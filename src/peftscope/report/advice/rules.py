@@ -15,7 +15,7 @@ from peftscope.claims.verdict import Verdict
 from peftscope.files.content import Strict, read_yaml
 from peftscope.files.problems import validated
 from peftscope.layout import ADVICE_FILE, CLAIMS_RESULTS, PACKAGED, PUBLISHED_RESULTS, REPOSITORY, shipped
-from peftscope.report.spoken import spoken_scope, spoken_worlds
+from peftscope.report.spoken import spoken_scope, spoken_verdict, spoken_worlds
 from peftscope.words import counted
 
 Priority = Literal["quality", "memory", "speed", "retention"]
@@ -92,9 +92,9 @@ class Grounds(Strict):
         known = {claim: _verdict(findings, claim) for claim in named}
         waiting = [claim for claim, verdict in known.items() if verdict == Verdict.NOT_RUN]
         told = [
-            f"{claim} {verdict} ({shorten(spoken_scope(dict(findings[claim])), SCOPE_WIDTH, placeholder=' …')})"
-            for claim, verdict in known.items()
-            if claim not in waiting
+            f"{claim} {spoken_verdict(found)} ({shorten(spoken_scope(found), SCOPE_WIDTH, placeholder=' …')})"
+            for claim in known
+            if claim not in waiting and (found := dict(findings[claim]))
         ]
         told += [f"{', '.join(waiting)} not run yet"] if waiting else []
         if self.papers:
