@@ -77,8 +77,8 @@ def show_worlds() -> str:
                 _draw(axes, table[table["world"] == world].set_index("question").reindex(list(questions)))
         for axes, below, world in zip(*panels, worlds, strict=True):
             axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="0.5", alpha=0.25, linewidth=0)
-            axes.set(title=spoken_worlds([world]).replace(" on ", "\n"), xlabel="ahead by % of the task gain")
-            below.set(xlabel="ahead by bits per byte")
+            axes.set(title=spoken_worlds([world]).replace(" on ", "\n"), xlabel="ahead by (% of the task gain)")
+            below.set(xlabel="forgets less by (bits per byte)")
         panels[0][0].set_ylim(len(QUESTIONS) - 0.5, -0.5)
     ahead = "How far each arm ends ahead of LoRA of rank 8, or of the named one, at its best rate, with 95 % intervals"
     last = "The last row says how much less full fine-tuning forgets of English prose than LoRA at the same loss on "
