@@ -534,7 +534,7 @@ def test_a_study_may_compare_two_of_its_arms_as_well(write_study_file) -> None:
     assert re.search(r"“LoRA, thin” is behind full .* by more than 2\.5 % .*\(−.* LoRA is behind full .*\(−", said)
     # Of many comparisons it tells no numbers, but it still tells the sides apart.
     better = table.assign(difference=-table["difference"])
-    said = answer(pd.concat([table] * 3 + [better] * 2), study.labels)
+    said = answer(pd.concat([table] * 3 + [better] * 3), study.labels)
     several = "“LoRA, thin” and “LoRA, thin” are "
     assert said.count(f"{several}behind ") == said.count(f"{several}ahead of ") == 2
     assert "[" not in said

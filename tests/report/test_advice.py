@@ -43,7 +43,8 @@ def rules() -> Rules:
 
 
 def with_verdicts(**verdicts: str) -> dict[str, dict[str, Any]]:
-    return findings() | {claim: findings()[claim] | {"verdict": verdict} for claim, verdict in verdicts.items()}
+    changed = {claim: {"verdict": verdict, "in_worlds": {}} for claim, verdict in verdicts.items()}
+    return findings() | {claim: findings()[claim] | own for claim, own in changed.items()}
 
 
 def advice_for(asked: dict[str, Any], measured: tuple[int, ...] = (), **verdicts: str) -> Advice:

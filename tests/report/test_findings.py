@@ -112,7 +112,7 @@ def test_the_readme_shows_the_published_verdicts(repository: Path, in_tmp: None)
     assert Path("paper/paper.md").read_text() == paper
 
     (changed,) = [finding for finding in findings if finding["id"] == anchors[0]]
-    assert changed["verdict"] == "holds"
+    assert changed["verdict"] == surprises[0].verdict
     changed["verdict"] = "wrong"
     show_claims(findings, surprises)
     assert re.findall(r"claims\.md#([SP]\d+)", Path("README.md").read_text())[:2] == anchors[1:]
