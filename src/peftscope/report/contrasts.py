@@ -272,10 +272,10 @@ def _pairs(row: dict[Any, Any]) -> str:
     return f"n = {row['n']}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
 
 
-def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND) -> str:
+def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND, lead: str = "") -> str:
     """Returns what a study's comparisons say, a sentence a verdict; empty without any, or without a task gain.
 
-    Where it tells numbers, ``legend`` explains them at the end.
+    Where it tells numbers, ``legend`` explains them at the end. ``lead`` stands before the first sentence.
     """
     tested = table[~table["arm"].str.endswith(A_A)]
     if tested.empty or tested["percent"].isna().all():
@@ -302,4 +302,4 @@ def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND) ->
         several = listed([named(row["arm"]) + number(row) for row in rows], last=" and ")
         one = f"{named(first['arm'])} is {said}{number(first)}."
         sentences.append(capitalised(f"{several} are {said}." if others else one))
-    return " ".join(sentences) + (legend if has_numbers else "")
+    return lead + " ".join(sentences) + (legend if has_numbers else "")

@@ -196,7 +196,7 @@ def _answer(name: str, folder: Path) -> dict[str, str] | None:
 def _differences(name: str) -> str:
     study = StudyResults(name, is_published=True)
     waiting = (left := told_left_out(study)) and f" Left out: {left}."
-    return at_one_rate(study) + answer_of_study(contrasts(study), study.labels, legend="") + waiting
+    return answer_of_study(contrasts(study), study.labels, legend="", lead=at_one_rate(study)) + waiting
 
 
 def _shares(name: str) -> str:

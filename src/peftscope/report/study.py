@@ -143,7 +143,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     return {
         "first": labels[study.reference],
         "subject": spoken_worlds([study.subject]),
-        "answer": contrasts.at_one_rate(study) + contrasts.answer(table, labels),
+        "answer": contrasts.answer(table, labels, lead=contrasts.at_one_rate(study)),
         "compares": bool(rows),
         "a_a": bool(a_a),
         "no_gain": math.isnan(study.yardstick) and any(name == "shuffled-labels" for name, _ in study.controls),
