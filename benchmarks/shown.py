@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.page import write_blocks
 
-PAGE, STUDY_PAGE = Path("README.md"), Path("docs/your-method.md")
+PAGE, ADVICE_PAGE, STUDY_PAGE = Path("README.md"), Path("docs/advice.md"), Path("docs/your-method.md")
 SHOWN: dict[str, tuple[str, list[int]]] = {
     "shown:true": ("peftscope claims --published --id P45", [*range(4)]),
     "shown:fits": (
@@ -27,6 +27,7 @@ SHOWN: dict[str, tuple[str, list[int]]] = {
     "shown:better": ("peftscope table sums --markdown", [*range(5)]),
 }
 """The command of each block, and which lines of its output the page shows. Dots stand for the others."""
+ADVICE = ("peftscope advise --model llama-3-8b --gpu rtx4090 --examples 5000", [*range(8)])
 STUDY = ("peftscope new-study lora_fa.py --world B --steps 40 --seeds 3", [-5, -3, -2, -1])
 """The same of the page on a method of one's own, without the lines on time, which differ from machine to machine."""
 NAME = "lora-fa-study-world-b-40-steps-3-seeds"
@@ -74,6 +75,7 @@ if __name__ == "__main__" and sys.argv[1:] == ["--sitting"]:
     write_blocks({"shown:verdict": show(*VERDICT)}, STUDY_PAGE)
 elif __name__ == "__main__":
     write_blocks({name: show(*asked) for name, asked in SHOWN.items()}, PAGE)
+    write_blocks({"shown:advice": show(*ADVICE)}, ADVICE_PAGE)
     with TemporaryDirectory() as folder:
         shutil.copytree("experiments", Path(folder, "experiments"))
         write_blocks({"shown:study": show_study(Path(folder))}, STUDY_PAGE)
