@@ -27,7 +27,7 @@ SHOWN: dict[str, tuple[str, list[int]]] = {
     "shown:better": ("peftscope table sums --markdown", [*range(5)]),
 }
 """The command of each block, and which lines of its output the page shows. Dots stand for the others."""
-ADVICE = ("peftscope advise --model llama-3-8b --gpu rtx4090 --examples 5000", [*range(8)])
+ADVICE = ("peftscope advise --model llama-3-8b --gpu rtx4090 --examples 5000", [*range(9)])
 STUDY = ("peftscope new-study lora_fa.py --world B --steps 40 --seeds 3", [-5, -3, -2, -1])
 """The same of the page on a method of one's own, without the lines on time, which differ from machine to machine."""
 NAME = "lora-fa-study-world-b-40-steps-3-seeds"
