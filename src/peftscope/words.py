@@ -148,9 +148,10 @@ def spoken_number(value: float | bool | str | None, digits: int = 3) -> str:
         return "yes" if value else "no"
     if isinstance(value, str):
         return value
-    if float(value).is_integer() and abs(value) < 1e12:
-        return f"{int(value):,}"
-    return f"{value:,.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:,.0f}"
+    sign, size = "−" * (value < 0), abs(value)
+    if float(value).is_integer() and size < 1e12:
+        return f"{sign}{int(size):,}"
+    return f"{sign}{size:,.{digits}g}" if size < 10**digits - 0.5 else f"{sign}{size:,.0f}"
 
 
 def scale_of(unit: str) -> int:
@@ -162,7 +163,7 @@ def spoken_quantity(value: float | bool | str | None, unit: str, up_to: float | 
     """Returns a quantity with its unit, or a range that goes up to a second one, as people say it.
 
     >>> spoken_quantity(1, "cards"), spoken_quantity(0.9, "as a share of steps"), spoken_quantity(-0.5, "as a slope")
-    ('1 card', '90 % of steps', 'a slope of -0.5')
+    ('1 card', '90 % of steps', 'a slope of −0.5')
     >>> spoken_quantity(6, "GB", up_to=7), spoken_quantity(0.5, "of NF4's error"), spoken_quantity("r × n", "")
     ('6 to 7 GB', "50 % of NF4's error", 'r × n')
     """

@@ -82,7 +82,7 @@ def spread(part: dict[str, Any], sides: bool = False) -> str:
 
     >>> part = {"low": -0.02, "high": 0.05, "unit": "of the task gain", "evidence": {WITHIN: 0.04}}
     >>> spread(part), spread(part, sides=True), spread(part | {"high": -0.01}, sides=True)
-    (' (-2 to 5)', ' (2 behind to 5 ahead, within 4.0)', ' (1 to 2 behind, within 4.0)')
+    (' (−2 to 5)', ' (2 behind to 5 ahead, within 4.0)', ' (1 to 2 behind, within 4.0)')
     >>> spread(part | {"judged": {"same_within": 0.05}}, sides=True)
     ' (2 behind to 5 ahead, within 4.0, margin 5)'
     """
