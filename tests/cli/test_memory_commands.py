@@ -48,7 +48,7 @@ ERRORS = {
     "option of another method": (
         ["llama-2-7b", "--method", "full", "--rank", "8"],
         "rank: is not an option of the method full",
-        "full has no options of its own",
+        "full has embeddings",
     ),
     "option of a method with others": (
         ["llama-2-7b", "--virtual-tokens", "8"],

@@ -82,6 +82,23 @@ def test_every_choice_of_ia3(fields: dict[str, Any], toy: Path, make_spec) -> No
     assert closed.phases == pytest.approx(simulation.phases, rel=0.02)
 
 
+def test_frozen_embeddings(toy: Path, make_spec) -> None:
+    """Full fine-tuning without the embeddings, in the tracker, the simulation and the closed form."""
+    options = {"method": "full", "embeddings": "frozen", "precision": "amp"}
+    simulated, tracked = both(make_spec(**options))
+    assert simulated == tracked
+    question = ask(model := describe_model("toy"), options)
+    closed, simulation, all_trained = (
+        answer_by_formula(question),
+        answer_by_simulation(question),
+        answer_by_formula(ask(model, {**options, "embeddings": "trained"})),
+    )
+    assert closed.phases == pytest.approx(simulation.phases, rel=0.005)
+    spared = all_trained.trainable_parameters - closed.trainable_parameters
+    assert spared == model.shape.vocab_size * model.shape.hidden_size
+    assert all_trained.phases["optimizer"] - closed.phases["optimizer"] >= 12 * spared  # gradient and two states
+
+
 NARROW_AND_DROPPED = {"dropout": 0.1, "adapter_dtype": "base"}
 
 

@@ -29,6 +29,7 @@ METHOD_OPTIONS = (
     "target_r",
     "targets",
     "feedforward",
+    "embeddings",
     "virtual_tokens",
     "dropout",
     "adapter_dtype",

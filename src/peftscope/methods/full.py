@@ -6,7 +6,9 @@ quality therefore use ``precision: amp`` or ``fp32`` (fp32 master weights), and 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from peftscope.methods.fields import ClosedForm, Method, RunSpec
 from peftscope.models.shapes import ModelShape
@@ -22,11 +24,26 @@ class Full(Method):
     trains_base: ClassVar[bool] = True
 
     name: Literal["full"] = "full"
+    embeddings: Annotated[
+        Literal["trained", "frozen"], Field(description="frozen: as LoRA leaves them, and the output layer with them")
+    ] = "trained"
+
+    def full_label(self) -> str:
+        """Returns the label, which says if the embeddings are frozen."""
+        return self.label + ", frozen embeddings" * (self.embeddings == "frozen")
+
+    def id_parts(self) -> list[str]:
+        """Returns what is frozen."""
+        return ["frozen-embeddings"] * (self.embeddings == "frozen")
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns the number of all weights. Tied weights count once."""
-        return shape.parameters
+        """Returns the number of all weights, or of those but embeddings. Tied weights count once."""
+        return shape.parameters - (shape.embedding_parameters if self.embeddings == "frozen" else 0)
 
     def build(self, model: Any, spec: RunSpec) -> Any:
-        """Returns the base with every weight trainable."""
-        return model.requires_grad_(True)
+        """Returns the base with its weights trainable."""
+        model.requires_grad_(True)
+        if self.embeddings == "frozen":
+            for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+                module.requires_grad_(False)
+        return model

@@ -189,14 +189,18 @@ class ModelShape(Strict):
         return 3 * self.num_layers * one.number * one.size * self.hidden_size if one else 0
 
     @property
+    def embedding_parameters(self) -> int:
+        """The number of weights of the embedding and of the output layer; tied weights count once."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+
+    @property
     def parameters(self) -> int:
         """The number of all weights; tied weights count once."""
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         biases = self.num_layers * sum(layer.outputs for layer in self.block if layer.bias)
         norms = (len(self.norms) * self.num_layers + 1) * self.hidden_size
         norms += self.num_layers * sum(self.head_norms or ())
         routers = self.num_layers * self.experts.number * self.hidden_size if self.experts else 0
-        return self.linear_parameters + self.expert_parameters + routers + biases + embeddings + norms
+        return self.linear_parameters + self.expert_parameters + routers + biases + self.embedding_parameters + norms
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelShape:

@@ -173,7 +173,8 @@ def _copy(model: TapedModel, name: str) -> None:
 
 
 def _weight(model: TapedModel, name: str, dims: Dims, width: float) -> None:
-    model.weights[name] = model.tape.parameter(name, dims, width, "weights", trained=model.method.trains_base)
+    trained = model.method.trains_base and not (dims[0] == "V" and model.values.get("embeddings") == "frozen")
+    model.weights[name] = model.tape.parameter(name, dims, width, "weights", trained=trained)
 
 
 def _adapter(model: TapedModel, name: str, dims: Dims, width: float) -> None:
