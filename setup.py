@@ -13,7 +13,7 @@ SHIPPED = {
 """The folders, and the endings of the files in them that a wheel has."""
 LEFT_OUT = {"items.parquet", "losses.parquet", "weights.parquet"}
 """Single items, losses along the way (records have them too), measured weights: too much for the wheel."""
-WORLDS = {"sums", "pronunciation", "pronunciation-gemma"}
+WORLDS = {"sums", "pronunciation", "pronunciation-embeddings", "pronunciation-gemma"}
 """The studies of worlds, of which the tables travel and the records do not: there are hundreds of each."""
 
 
