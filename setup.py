@@ -13,8 +13,8 @@ SHIPPED = {
 """The folders, and the endings of the files in them that a wheel has."""
 LEFT_OUT = {"items.parquet", "losses.parquet", "weights.parquet"}
 """Single items, losses along the way (records have them too), measured weights: too much for the wheel."""
-WORLDS = {"sums", "pronunciation", "pronunciation-embeddings", "pronunciation-gemma"}
-"""The studies of worlds, of which the tables travel and the records do not: there are hundreds of each."""
+MANY_RECORDS = {"sums", "pronunciation", "pronunciation-embeddings", "pronunciation-gemma"}
+"""The studies of which the tables travel and the records do not: each has a hundred or more."""
 
 
 class BuildWithFolders(build_py):
@@ -28,7 +28,7 @@ class BuildWithFolders(build_py):
             for path in Path(folder).rglob("*")
             if path.suffix in endings
             and path.name not in LEFT_OUT
-            and not (path.name == "records.parquet" and path.parent.name in WORLDS)
+            and not (path.name == "records.parquet" and path.parent.name in MANY_RECORDS)
         )
 
     def get_source_files(self):

@@ -103,6 +103,9 @@ def test_zero_2_keeps_weights_whole_and_shares_the_rest() -> None:
         part = 4 * shape.parameters / cards
         assert bytes_of(found, MASTER) == bytes_of(found, WIDE_GRADIENTS) == pytest.approx(part, rel=1e-5)
         assert bytes_of(found, "first and second moments") == pytest.approx(2 * part, rel=1e-4)
+    frozen = answer_by_formula(question(4, method="full", embeddings="frozen", sharding="zero2", seq_len=64))
+    assert four.components["weights"] == frozen.components["weights"]
+    assert bytes_of(frozen, MASTER) == pytest.approx(shape.parameters - shape.embedding_parameters, rel=1e-5)
     wide, narrow = [
         answer_by_formula(question(2, sharding="zero2", reduce_bucket=size)).phases["backward"]
         for size in (500_000_000, 0)

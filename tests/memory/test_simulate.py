@@ -94,6 +94,7 @@ def test_frozen_embeddings(toy: Path, make_spec) -> None:
         answer_by_formula(ask(model, {**options, "embeddings": "trained"})),
     )
     assert closed.phases == pytest.approx(simulation.phases, rel=0.005)
+    assert closed.components["weights"] == pytest.approx(simulation.components["weights"], rel=0.005)
     spared = all_trained.trainable_parameters - closed.trainable_parameters
     assert spared == model.shape.vocab_size * model.shape.hidden_size
     assert all_trained.phases["optimizer"] - closed.phases["optimizer"] >= 12 * spared  # gradient and two states

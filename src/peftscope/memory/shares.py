@@ -51,9 +51,11 @@ def _cards(question: Question, block: Block) -> int:
 
 
 def _trains(question: Question, block: Block) -> bool:
-    """Returns whether a block holds weights that are trained. Those of a vision tower and of a reference are not."""
-    full = question.spec.method.trains_base and block.kind == "weights"
-    return (full and not block.module.startswith(("vision_tower", "reference."))) or block.kind == "adapters"
+    """Returns whether a block holds trained weights. Frozen embeddings, a vision tower and a reference are not."""
+    method = question.spec.method
+    frozen = ("embed_tokens", "lm_head") if getattr(method, "embeddings", "") == "frozen" else ()
+    full = method.trains_base and block.kind == "weights"
+    return (full and not block.module.startswith(("vision_tower", "reference.", *frozen))) or block.kind == "adapters"
 
 
 def _times(question: Question, block: Block) -> int:

@@ -84,7 +84,7 @@ def simulate(
             trace = _train(trained, owners, on_cpu, batches, cublas_bytes, tower) if batches else Trace()
         if evaluation_batch is None:
             return trace, None
-        tracker = _tracker_of(model, owners, cublas_bytes, tower)
+        tracker = _tracker_of(model, spec, owners, cublas_bytes, tower)
         owners.outside = "loss"  # everything that an evaluation computes outside the model
         with attention(model, in_evaluation):
             track_evaluation(tracker, model, fake_batch(evaluation_batch), on_cpu)
@@ -101,7 +101,7 @@ def _train(
     tower: Sequence[Block],
 ) -> Trace:
     model = trained.model
-    tracker = _tracker_of(model, owners, cublas_bytes, tower)
+    tracker = _tracker_of(model, spec, owners, cublas_bytes, tower)
     with unset_fake_temporarily():  # bitsandbytes computes its code tables value by value
         optimizer = make_optimizer(model, spec)
     parameters = {owners.clean(name): p for name, p in model.named_parameters() if p.requires_grad}
@@ -134,7 +134,9 @@ def _name(tracker: MemoryTracker, tensor: Any, kind: str, module: str) -> Block 
     return block
 
 
-def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int, tower: Sequence[Block]) -> MemoryTracker:
+def _tracker_of(
+    model: torch.nn.Module, spec: RunSpec, owners: _Owners, cublas_bytes: int, tower: Sequence[Block]
+) -> MemoryTracker:
     """Returns a tracker that has counted the model: frozen weights first, as they are loaded before the adapter."""
     on_cuda = cublas_bytes > 0
     tracker = MemoryTracker(owner_of_now=owners.now, workspace_of=dequantised_bytes if on_cuda else lambda *_: 0)
@@ -142,9 +144,8 @@ def _tracker_of(model: torch.nn.Module, owners: _Owners, cublas_bytes: int, towe
     if on_cuda:  # the backward pass runs in a thread with its own cuBLAS handle and workspace
         for _ in range(2 if any(parameter.requires_grad for _, parameter in named) else 1):
             tracker.trace.born(Block(cublas_bytes, "kernel workspace", term="cuBLAS workspace"))
-    adapts = not all(parameter.requires_grad for name, parameter in named if not name.startswith("reference."))
     for name, parameter in sorted(named, key=lambda pair: pair[1].requires_grad):
-        kind = "adapters" if adapts and parameter.requires_grad else "weights"
+        kind = "adapters" if parameter.requires_grad and not spec.method.trains_base else "weights"
         extra = quantisation_tensors(parameter)
         for tensor in (parameter.data, *extra):
             block = tracker.add(tensor)

@@ -25,7 +25,7 @@ class Full(Method):
 
     name: Literal["full"] = "full"
     embeddings: Annotated[
-        Literal["trained", "frozen"], Field(description="frozen: as LoRA leaves them, and the output layer with them")
+        Literal["trained", "frozen"], Field(description="trained, or frozen with the output layer, as LoRA leaves them")
     ] = "trained"
 
     def full_label(self) -> str:
@@ -37,7 +37,7 @@ class Full(Method):
         return ["frozen-embeddings"] * (self.embeddings == "frozen")
 
     def trainable_parameters(self, shape: ModelShape) -> int:
-        """Returns the number of all weights, or of those but embeddings. Tied weights count once."""
+        """Returns the number of weights that are trained. Tied weights count once."""
         return shape.parameters - (shape.embedding_parameters if self.embeddings == "frozen" else 0)
 
     def build(self, model: Any, spec: RunSpec) -> Any:
