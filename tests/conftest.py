@@ -20,10 +20,13 @@ from typing import Any
 import psutil
 import pytest
 
+from peftscope import methods
+
 os.environ["PEFTSCOPE_DEVICE"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.fsync = lambda _: None  # no test cuts the power, and tests write thousands of records
 sys.modules["kernels"] = None  # as in every command: tests call what is below them
+methods.METHOD_FILES = Path(os.devnull)  # tests ask what is true of the suite's own methods, not of a user's
 
 REPOSITORY = Path(__file__).parent.parent
 Command = Callable[..., tuple[int, str, str]]
