@@ -302,4 +302,6 @@ def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND, le
         several = listed([named(row["arm"]) + number(row) for row in rows], last=" and ")
         one = f"{named(first['arm'])} is {said}{number(first)}."
         sentences.append(capitalised(f"{several} are {said}." if others else one))
+    for row in table[table["arm"].str.endswith(A_A)].to_dict("records") if has_numbers else ():
+        sentences.append(f"{capitalised(named(row['against']))}, tuned and run again, is {clause(row)}{number(row)}.")
     return lead + " ".join(sentences) + (legend if has_numbers else "")

@@ -234,10 +234,16 @@ def _study(name: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
     folder = folder_with(name, "runs.csv")
     runs = read_runs(name, folder) if folder else pd.DataFrame({"status": []})
     ended = runs[runs["status"].isin(FINAL)]
+    world = f"{runs['model'].iloc[0]}, {runs['task'].iloc[0]}" if len(runs) else ""
+    said = [
+        f"{finding['id']} {finding.get('in_worlds', {}).get(world, finding['verdict'])}{in_full(finding)}"
+        for finding in findings
+        if _parts_on(name, finding)
+    ]
     return {
         "name": name,
         "title": read_experiment(experiment_path(name)).title,
         "runs": len(ended),
         "work": spoken_time(float(ended["wall_seconds"].sum())) if len(ended) else "-",
-        "claims": ", ".join(f"{f['id']} {f['verdict']}{in_full(f)}" for f in findings if _parts_on(name, f)) or "-",
+        "claims": ", ".join(said) or "-",
     }

@@ -20,7 +20,7 @@ from peftscope.models.catalog import find_model
 from peftscope.planning.experiment import experiment_path, read_experiment
 from peftscope.planning.resolve import flat_fields, spec_from
 from peftscope.report.claims import COLOURS, ROWS, row_of
-from peftscope.report.spoken import decided, deciding, judged_in, spoken_scope, spoken_worlds
+from peftscope.report.spoken import decided, deciding, spoken_scope, spoken_worlds
 from peftscope.report.study import study_facts, study_sentences
 from peftscope.report.worlds import WORLDS_FIGURE, show_worlds
 from peftscope.words import counted
@@ -33,6 +33,7 @@ BASE = "base"
 NUMBER = re.compile(r"<!--([a-z ]+)-->[^<]*<!--/-->")
 """A number of a page or the paper, between comments that name it."""
 BAR = PUBLISHED_RESULTS / "claims.svg"
+READS = "A row: how far an arm ends ahead of LoRA of rank 8, or of the arm named. The band counts as the same."
 MOST_SURPRISES = 3
 """The most findings on the first screen; the page of findings has the others too."""
 BEGIN, END = "<!-- published:claims -->\n", "<!-- /published:claims -->"
@@ -76,7 +77,7 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         if verdicts
     )
     lines = surprising(findings, surprises, PUBLISHED_REPORTS / "claims.md")[:MOST_SURPRISES]
-    figure = f"![{said}]({WORLDS_FIGURE})\n\n" if (said := show_worlds()) else ""
+    figure = f"![{said}]({WORLDS_FIGURE})\n{READS}\n\n" if (said := show_worlds()) else ""
     shown = f"{figure}![{len(findings)} claims: {words}]({BAR})\n\n" + "\n".join(lines) + "\n"
     _show(BEGIN, shown, END)
     basis = rests_on(findings)
@@ -101,8 +102,8 @@ def rests_on(findings: list[dict[str, Any]]) -> dict[str, Any]:
     assert settings.study is not None
     worlds = list(dict.fromkeys(world for finding in findings for world in finding["worlds"]))
     trained = [finding for finding in findings if row_of(finding) == next(iter(ROWS))]
-    several = sum(len(judged_in(finding)) > 1 for finding in trained)
-    told = f" ({several} of {len(trained)} claims on {'both' if len(worlds) == 2 else 'two or more'})"
+    several = sum(len(decided(finding)) > 1 for finding in trained)
+    told = f" ({several} of {len(trained)} claims decided on {'both' if len(worlds) == 2 else 'two or more'})"
     lora = flat_fields(spec_from({}, experiment_path(BASE), "cpu"))
     return {
         "claims": len(findings),

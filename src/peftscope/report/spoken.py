@@ -37,7 +37,7 @@ def spoken_finding(finding: dict[str, Any], but: str = "") -> str:
         for part in deciding(finding):
             if part["found"] is not None and (said := spoken_finding(part)) != but:
                 scope = own_scope(part, finding)
-                told.append(f"{said} [{scope}]" if scope else said)
+                told.append(said + asked(part) + f" [{scope}]" * bool(scope))
         return "; ".join(dict.fromkeys(told)) or "-"
     if finding["found"] is None:
         return "-"
@@ -50,6 +50,17 @@ def spoken_finding(finding: dict[str, Any], but: str = "") -> str:
     if WITHIN in finding["evidence"] and not finding.get("matters"):  # each ran at one rate
         more += " at these rates"
     return f"{answer}{where}" + spread(finding, sides=True) + more
+
+
+def asked(part: dict[str, Any]) -> str:
+    """Returns what counts as right for a number that training gave; empty where that is whether it is above zero.
+
+    >>> part = {"kind": "training", "judged": {"at_least": 2.0}, "rule": "at least 2 ×"}
+    >>> asked(part), asked(part | {"judged": {"better_by": 0.0}}), asked(part | {"kind": "memory"})
+    (', asked: at least 2 ×', '', '')
+    """
+    is_told = part.get("kind") == "training" and part.get("judged", {}).keys() - {"better_by"}
+    return f", asked: {part['rule']}" if is_told else ""
 
 
 def own_scope(part: dict[str, Any], finding: dict[str, Any]) -> str:
@@ -123,16 +134,19 @@ def short_scope(scope: str) -> str:
 def spoken_scope(finding: dict[str, Any], short: bool = False) -> str:
     """Returns for what a verdict holds, or the first words of that; the worlds of a claim that was judged in several.
 
-    >>> finding = {"scope": "m-1, two-digit sums, rank 8", "in_worlds": {"m-1, two-digit-sums": "", "m-1, words": ""}}
+    >>> finding = {"scope": "m-1, sums, α = 16, AdamW", "in_worlds": {"m-1, sums": "holds", "m-1, words": "open"}}
     >>> spoken_scope(finding), spoken_scope(finding, short=True)
-    ('m-1 on two-digit sums and words, rank 8', 'm-1 on two-digit sums and words')
+    ('m-1 on sums and words, α = 16, AdamW', 'm-1 on sums and words, α = 16')
     """
     if not (judged := judged_in(finding)):
         return short_scope(finding["scope"]) if short else str(finding["scope"])
     named = "|".join(spoken_worlds([world]).replace(" on ", "(?:,| on) ") for world in judged)
     worlds = spoken_worlds(judged)
     said, found = re.subn(named, worlds, finding["scope"], count=1)
-    return worlds if short else said if found else f"{worlds}; {said}"
+    if not found:
+        return worlds if short else f"{worlds}; {said}"
+    first = re.match("(?:; [^;]*|, .*?(?=[,;] |$))?", said.partition(worlds)[2])
+    return worlds + (first[0] if first else "") if short else said
 
 
 def judged_in(finding: dict[str, Any]) -> dict[str, str]:
@@ -254,7 +268,7 @@ def spoken_known(finding: dict[str, Any]) -> str:
 
 def told(finding: dict[str, Any], statement: str) -> list[str]:
     """Returns a claim in lines: what it says, its verdict, every number that decides, its scope, how it is known."""
-    numbers = [spoken_finding(part) for part in deciding(finding)]
+    numbers = [spoken_finding(part) + asked(part) for part in deciding(finding)]
     about = [spoken_scope(finding), spoken_known(finding), spoken_moves(finding)]
     return [statement, f"{spoken_verdict(finding)}:", *dict.fromkeys(numbers), *filter(None, about)]
 

@@ -28,7 +28,8 @@ QUESTIONS = {
     "rank 64": ("r64", "lora"),
     "attention alone": ("attention-r21", "lora"),
     "feed-forward alone": ("mlp-r13", "lora"),
-    "rank 1 against full": ("r1", "full"),
+    "rank 64 against full": ("r64", "full"),
+    "attention against full": ("attention-r21", "full"),
     "feed-forward against attention": ("mlp-r13", "attention-r21"),
 }
 """The rows of the figure in their order: two arms of the studies of worlds, of which the first may be ahead."""
