@@ -249,14 +249,14 @@ def test_the_figure_of_worlds_has_a_column_for_each_that_answers_and_is_for_two_
 ) -> None:
     Path("results/published").mkdir(parents=True)
     said, asked = [], {}
-    for study, losses in (("sums", {"full": 0.1}), ("pronunciation", {"full": 0.2, "r1": 0.3})):
+    for study, losses in (("sums", {"full": 0.1}), ("pronunciation", {"full": 0.2, "r64": 0.3})):
         write_losses(losses, study=study, task=study)
         results_folder(study).rename((Path("results/published") / study).absolute())
         monkeypatch.setattr(worlds, "WORLDS", asked := asked | {study: study})
         said.append(show_worlds())
     assert said[0] == "" and "for a toy model on sums and pronunciation. The band is ±2.5 %" in said[1]
     assert "feed-forward alone" in WORLDS_FIGURE.read_text()
-    # Rank 1 is compared with full as well; what is forgotten less is in bits per byte.
+    # Rank 64 is compared with full as well; what is forgotten less is in bits per byte.
     assert world_answers()["ahead"].tolist() == pytest.approx([11.17, 0.101, 0.05, -11.07, -11.13, 0.101], abs=0.006)
 
 

@@ -117,6 +117,16 @@ def told_left_out(study: StudyResults) -> str:
     return "; ".join(f"{', '.join(arms)} ({reason})" for reason, arms in reasons.items())
 
 
+def of_itself(study: StudyResults, table: pd.DataFrame) -> str:
+    """Returns how far an arm at several rates, tuned and run again, ends ahead of itself; empty where none was."""
+    again = table[table["arm"].str.endswith(A_A) & table["arm"].map(study.has_several_rates)]
+    said = ""
+    for row in again.to_dict("records"):
+        own, numbers = study.labels[row["against"]], _signed(row, "percent", ".1f")
+        said += f" {own}, tuned and run again, is {told(row, own)} ({numbers}, within {spoken_bound(row['bound_percent'])})."
+    return said
+
+
 def at_one_rate(study: StudyResults) -> str:
     """Returns the sentence that leads what a study says of arms at one rate each; empty where they ran at several."""
     return "" if study.has_several_rates(*study.arms) else "Each arm ran at one rate. "
@@ -302,6 +312,4 @@ def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND, le
         several = listed([named(row["arm"]) + number(row) for row in rows], last=" and ")
         one = f"{named(first['arm'])} is {said}{number(first)}."
         sentences.append(capitalised(f"{several} are {said}." if others else one))
-    for row in table[table["arm"].str.endswith(A_A)].to_dict("records") if has_numbers else ():
-        sentences.append(f"{capitalised(named(row['against']))}, tuned and run again, is {clause(row)}{number(row)}.")
     return lead + " ".join(sentences) + (legend if has_numbers else "")

@@ -22,7 +22,7 @@ from peftscope.planning.experiment import experiment_names, experiment_path, rea
 from peftscope.record import FINAL
 from peftscope.report.capacity import capacity_answer
 from peftscope.report.contrasts import answer as answer_of_study
-from peftscope.report.contrasts import at_one_rate, contrasts, told_left_out
+from peftscope.report.contrasts import at_one_rate, contrasts, of_itself, told_left_out
 from peftscope.report.front import Surprise, rests_on, surprising
 from peftscope.report.page import ANSWERS
 from peftscope.report.rendering import write_page
@@ -196,7 +196,9 @@ def _answer(name: str, folder: Path) -> dict[str, str] | None:
 def _differences(name: str) -> str:
     study = StudyResults(name, is_published=True)
     waiting = (left := told_left_out(study)) and f" Left out: {left}."
-    return answer_of_study(contrasts(study), study.labels, legend="", lead=at_one_rate(study)) + waiting
+    table = contrasts(study)
+    said = answer_of_study(table, study.labels, legend="", lead=at_one_rate(study))
+    return said + (of_itself(study, table) if said else "") + waiting
 
 
 def _shares(name: str) -> str:

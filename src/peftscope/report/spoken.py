@@ -23,6 +23,10 @@ MOST_WORDS = 5
 """The most words of a scope in the one sentence on a claim."""
 
 
+_SIDES = re.compile(" (ahead of|behind)( |$)")
+"""An answer that says who is ahead, and so is followed by the margin."""
+
+
 def spoken_finding(finding: dict[str, Any], but: str = "") -> str:
     """Returns what was measured of a claim's deciding parts, or of one part, as an answer to what is claimed.
 
@@ -44,7 +48,7 @@ def spoken_finding(finding: dict[str, Any], but: str = "") -> str:
     where = on_world(finding["model"]) if finding.get("elsewhere") else ""
     if not (answer := finding.get("answer")):
         return measured(finding) + where
-    if not re.search(r" (ahead of|behind)( |$)", answer):
+    if not _SIDES.search(answer):
         return f"{answer}{where}" + spread(finding)
     more = "".join(f", {points} {of}" for of in (POINTS, TOKENS) if (points := finding["evidence"].get(of)))
     if WITHIN in finding["evidence"] and not finding.get("matters"):  # each ran at one rate
@@ -53,14 +57,14 @@ def spoken_finding(finding: dict[str, Any], but: str = "") -> str:
 
 
 def asked(part: dict[str, Any]) -> str:
-    """Returns what counts as right for a number that training gave; empty where that is whether it is above zero.
+    """Returns what counts as right for a number that training gave; empty if that is to be ahead, or is told already.
 
     >>> part = {"kind": "training", "judged": {"at_least": 2.0}, "rule": "at least 2 ×"}
-    >>> asked(part), asked(part | {"judged": {"better_by": 0.0}}), asked(part | {"kind": "memory"})
+    >>> asked(part), asked(part | {"judged": {"better_by": 0.0}}), asked(part | {"answer": "it ends 3 % behind LoRA"})
     (', asked: at least 2 ×', '', '')
     """
-    is_told = part.get("kind") == "training" and part.get("judged", {}).keys() - {"better_by"}
-    return f", asked: {part['rule']}" if is_told else ""
+    is_told = _SIDES.search(part.get("answer") or "") or part.get("kind") != "training"
+    return "" if is_told or not part.get("judged", {}).keys() - {"better_by"} else f", asked: {part['rule']}"
 
 
 def own_scope(part: dict[str, Any], finding: dict[str, Any]) -> str:
