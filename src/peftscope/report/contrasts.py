@@ -122,8 +122,9 @@ def of_itself(study: StudyResults, table: pd.DataFrame) -> str:
     again = table[table["arm"].str.endswith(A_A) & table["arm"].map(study.has_several_rates)]
     said = ""
     for row in again.to_dict("records"):
-        own, numbers = study.labels[row["against"]], _signed(row, "percent", ".1f")
-        said += f" {own}, tuned and run again, is {told(row, own)} ({numbers}, within {spoken_bound(row['bound_percent'])})."
+        own, bound = study.labels[row["against"]], spoken_bound(row["bound_percent"])
+        numbers = f"({_signed(row, 'percent', '.1f')}, within {bound})"
+        said += f" {own}, tuned and run again, is {told(row, own)} {numbers}."
     return said
 
 
