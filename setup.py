@@ -14,7 +14,7 @@ SHIPPED = {
 LEFT_OUT = {"items.parquet", "losses.parquet", "weights.parquet"}
 """Single items, losses along the way (records have them too), measured weights: too much for the wheel."""
 MANY_RECORDS = {"sums", "pronunciation", "pronunciation-embeddings", "pronunciation-gemma"}
-"""The studies of which the tables travel and the records do not: each has a hundred or more."""
+"""The studies of which the tables travel and the records do not: each has about a hundred or more."""
 
 
 class BuildWithFolders(build_py):

@@ -33,7 +33,8 @@ BASE = "base"
 NUMBER = re.compile(r"<!--([a-z ]+)-->[^<]*<!--/-->")
 """A number of a page or the paper, between comments that name it."""
 BAR = PUBLISHED_RESULTS / "claims.svg"
-READS = "A row: how far an arm ends ahead of LoRA of rank 8, or of the arm named. The band counts as the same."
+READS = "Each row says how far an arm is ahead of LoRA of rank 8, or of the arm named. The band counts as the same."
+"""What stands below the figure of worlds."""
 MOST_SURPRISES = 3
 """The most findings on the first screen; the page of findings has the others too."""
 BEGIN, END = "<!-- published:claims -->\n", "<!-- /published:claims -->"
@@ -77,7 +78,7 @@ def show_claims(findings: list[dict[str, Any]], surprises: list[Surprise]) -> No
         if verdicts
     )
     lines = surprising(findings, surprises, PUBLISHED_REPORTS / "claims.md")[:MOST_SURPRISES]
-    figure = f"![{said}]({WORLDS_FIGURE})\n{READS}\n\n" if (said := show_worlds()) else ""
+    figure = f"![{said}]({WORLDS_FIGURE})\n\n{READS}\n\n" if (said := show_worlds()) else ""
     shown = f"{figure}![{len(findings)} claims: {words}]({BAR})\n\n" + "\n".join(lines) + "\n"
     _show(BEGIN, shown, END)
     basis = rests_on(findings)

@@ -22,7 +22,6 @@ NAMES = {
 MOST_WORDS = 5
 """The most words of a scope in the one sentence on a claim."""
 
-
 _SIDES = re.compile(" (ahead of|behind)( |$)")
 """An answer that says who is ahead, and so is followed by the margin."""
 
@@ -136,7 +135,7 @@ def short_scope(scope: str) -> str:
 
 
 def spoken_scope(finding: dict[str, Any], short: bool = False) -> str:
-    """Returns for what a verdict holds, or the first words of that; the worlds of a claim that was judged in several.
+    """Returns for what a verdict holds, or the first words of that; several worlds are told as such.
 
     >>> finding = {"scope": "m-1, sums, α = 16, AdamW", "in_worlds": {"m-1, sums": "holds", "m-1, words": "open"}}
     >>> spoken_scope(finding), spoken_scope(finding, short=True)
@@ -149,8 +148,8 @@ def spoken_scope(finding: dict[str, Any], short: bool = False) -> str:
     said, found = re.subn(named, worlds, finding["scope"], count=1)
     if not found:
         return worlds if short else f"{worlds}; {said}"
-    first = re.match("(?:; [^;]*|, .*?(?=[,;] |$))?", said.partition(worlds)[2])
-    return worlds + (first[0] if first else "") if short else said
+    first = re.match(", .*?(?=[,;] |$)", said.partition(worlds)[2])
+    return (worlds + first[0] if first else worlds) if short else said
 
 
 def judged_in(finding: dict[str, Any]) -> dict[str, str]:
