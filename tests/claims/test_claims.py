@@ -13,7 +13,7 @@ import yaml
 from conftest import REPOSITORY, Command
 from ledger_parts import PUBLISHED_CLAIMS, changed_part, claims, published_findings
 
-from peftscope.claims.evaluate import Finding, PartFinding, evaluate, evaluate_part, moved
+from peftscope.claims.evaluate import Finding, PartFinding, evaluate, evaluate_part, first_days, moved
 from peftscope.claims.ledger import Change, Claim, Part, arms_named_in, elsewhere, read_history, read_ledger
 from peftscope.claims.measurement import Measurement
 from peftscope.claims.stored import read_findings, unexplained_changes
@@ -511,3 +511,12 @@ def test_a_verdict_says_that_its_rule_moved_it_after_its_result_was_seen() -> No
     assert moved(changes, Verdict.OPEN, "2026-01-02") == []  # the first change is older than the runs
     assert moved([Change(**words, date="2026-01-01")], Verdict.HOLDS, "") == []
     assert moved([Change(**words, date="2026-01-03", verdict="open", named=True)], Verdict.HOLDS, "") == []
+
+
+def test_a_run_that_was_repeated_counts_from_its_first_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for study, day in {"first": "2026-01-01", "repeated": "2026-01-05"}.items():
+        path = tmp_path / "results/published" / study / "runs.csv"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"run_id,started_at\nseen,{day}T08:00:00+00:00\nwithout a day,\n")
+    monkeypatch.chdir(tmp_path)
+    assert first_days.__wrapped__() == {"seen": "2026-01-01"}

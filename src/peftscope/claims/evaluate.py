@@ -7,7 +7,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
+
+import pandas as pd
 
 from peftscope.claims.checks import known_checks
 from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, elsewhere
@@ -15,6 +18,7 @@ from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.claims.verdict import UNDECIDED, Verdict, combine, judge
 from peftscope.errors import InputError, printable, shown
 from peftscope.hardware.bf16 import bf16_products
+from peftscope.layout import published_paths
 from peftscope.words import spoken_quantity
 
 SIGNIFICANT_DIGITS = 6
@@ -142,8 +146,8 @@ class Finding:
             if part.found and part.found.run_ids and (study := part.part.with_.get("study")):
                 with suppress(InputError):  # a measurement that was stored outlives the tables of its study
                     table = StudyResults(study).table.set_index("run_id")
-                    starts = table.reindex(index=part.found.run_ids, columns=["started_at"])["started_at"]
-                    days += [str(day)[:10] for day in starts.dropna()]
+                    starts = table.reindex(index=part.found.run_ids, columns=["started_at"])["started_at"].dropna()
+                    days += [min(str(day)[:10], first_days().get(run, "9")) for run, day in starts.items()]
         return max(days)
 
     def to_json(self, hardware: str, history: Sequence[Change] = ()) -> dict[str, Any]:
@@ -174,6 +178,14 @@ class Finding:
             "moved": moved(changes, combine([part.verdict for part in self._at_home]), self._last_run()),
             "parts": [part.to_json() for part in self.parts],
         }
+
+
+@cache
+def first_days() -> dict[str, str]:
+    """Returns the day on which each published run first began. One that was repeated stands in several studies."""
+    tables = [pd.read_csv(path, usecols=["run_id", "started_at"]) for path in published_paths("runs.csv")]
+    runs = pd.concat(tables, ignore_index=True).dropna() if tables else pd.DataFrame(columns=["run_id", "started_at"])
+    return runs["started_at"].str[:10].groupby(runs["run_id"]).min().to_dict()
 
 
 def moved(changes: Sequence[Change], verdict: Verdict, last_run: str) -> list[dict[str, str]]:
