@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import pandas as pd
-
 from peftscope.claims.checks import known_checks
 from peftscope.claims.ledger import DETERMINISTIC, Change, Claim, Kind, Part, elsewhere
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
@@ -183,6 +181,8 @@ class Finding:
 @cache
 def first_days() -> dict[str, str]:
     """Returns the day on which each published run first began. One that was repeated stands in several studies."""
+    import pandas as pd
+
     tables = [pd.read_csv(path, usecols=["run_id", "started_at"]) for path in published_paths("runs.csv")]
     runs = pd.concat(tables, ignore_index=True).dropna() if tables else pd.DataFrame(columns=["run_id", "started_at"])
     return runs["started_at"].str[:10].groupby(runs["run_id"]).min().to_dict()
