@@ -251,7 +251,8 @@ def test_a_control_changes_one_thing(tuned: None) -> None:
     [
         ({"chosen_rates": {"full": 1e-4}}, "arms without a rate: lora, thin; each arm"),
         (TUNED | {"learning_rates": LISTED | {"lora": [1e-2, 1e-3, 1e-4]}}, "learning_rates of lora must ascend"),
-        (TUNED | {"learning_rates": LISTED | {"lora": [1e-2, 1e-3]}}, "learning_rates.lora"),
+        (TUNED | {"learning_rates": LISTED | {"lora": [1e-3, 1e-2]}}, "learning_rates of lora must be three or more"),
+        (TUNED | {"learning_rates": LISTED | {"lora": []}}, "or none beside a rate in centres"),
         ({"centres": {"lora": 1e-3}}, "centres of what is not tuned: lora"),
         ({"a_a": "full"}, "chosen_rates must have both full and full-a-a, or neither"),
         ({"tuning_seeds": [1]}, "must not overlap"),
@@ -308,6 +309,14 @@ def test_the_lowest_validation_loss_is_the_centre_and_everything_tried_is_kept(a
 def test_a_centre_that_is_known_needs_no_listed_best(write_study_file) -> None:
     write_study_file(**TUNED, centres={"lora": 2e-3})
     record_tuning()
+    choose_rates(expand("mine"), 0)
+    assert {expand("mine").runs[run].learning_rate for run in members("rates-lora")} == {1.2e-3, 2e-3, 3.5e-3}
+
+
+def test_an_arm_whose_centre_is_known_may_list_no_rates(write_study_file) -> None:
+    write_study_file(**TUNED | {"learning_rates": LISTED | {"lora": []}}, centres={"lora": 2e-3})
+    record_tuning({arm: CURVE[arm] for arm in ("full", "thin")})
+    assert "tune-lora" not in {comparison.name for comparison in mine().comparisons}
     choose_rates(expand("mine"), 0)
     assert {expand("mine").runs[run].learning_rate for run in members("rates-lora")} == {1.2e-3, 2e-3, 3.5e-3}
 

@@ -85,7 +85,8 @@ def choose_rates(sweep: Sweep, number: int, *, finished_only: bool = False) -> P
         listed = groups.get(TUNING + entrant.name, ())
         tried, now = _records(sweep, listed), _records(sweep, runs)
         said: dict[str, Any] = {"chosen_from": list(runs), "tried": _entries(tried)}
-        if not runs or any(record.status == "oom" for record in [*now.values(), *tried.values()]):
+        excluded = not runs and bool(number or study.learning_rates[entrant.arm])
+        if excluded or any(record.status == "oom" for record in [*now.values(), *tried.values()]):
             said |= {"rates": [], "learning_rate": None, "reason": OUT_OF_MEMORY}
         elif number:
             losses = {rate: trimmed_mean(values) for rate, values in _losses(now, _base_loss(sweep)).items()}

@@ -87,7 +87,8 @@ class Study(Strict):
         arms: Fields of each arm by its name, ``method`` among them. The first is the reference, which the others are
             compared with. A file that extends another leaves out an arm of that one, its rates and its controls with
             ``ARM: null``.
-        learning_rates: What is tried for each arm that is tuned, in ascending order.
+        learning_rates: What is tried for each arm that is tuned, in ascending order: three rates or more, or none if
+            its centre is given.
         centres: The centres of arms for which they are known already; null: none is, whatever the extended file says.
         chosen_rates: The rate of each arm, and of the one that enters again, that an earlier version chose.
         chosen_by: How it did, for the study's page.
@@ -108,7 +109,7 @@ class Study(Strict):
     """
 
     arms: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], dict[str, Any]], Field(min_length=1)]
-    learning_rates: dict[str, Annotated[list[Annotated[float, Field(gt=0), NUMBER]], Field(min_length=3)]] = {}
+    learning_rates: dict[str, list[Annotated[float, Field(gt=0), NUMBER]]] = {}
     centres: dict[str, Annotated[float, Field(gt=0), NUMBER]] = {}
     chosen_rates: dict[str, Annotated[float, Field(gt=0), NUMBER]] = {}
     chosen_by: str = ""
@@ -168,6 +169,10 @@ class Study(Strict):
         tuned = {entrant.name for entrant in self.entrants if entrant.arm in self.learning_rates}
         if lost := set(self.centres) - tuned:
             raise ValueError(f"centres of what is not tuned: {', '.join(sorted(lost))}")
+        without = {entrant.arm for entrant in self.entrants if entrant.name not in self.centres}
+        for arm, rates in self.learning_rates.items():
+            if len(rates) < 3 and (rates or arm in without):
+                raise ValueError(f"learning_rates of {arm} must be three or more, or none beside a rate in centres")
         unsorted = [arm for arm, rates in self.learning_rates.items() if rates != sorted(set(rates))]
         if unsorted:
             raise ValueError(f"learning_rates of {', '.join(unsorted)} must ascend")

@@ -182,12 +182,14 @@ def _add_study(expansion: _Expansion, name: str, experiment: Experiment, study: 
 def runs_to_choose_from(sweep: Sweep, number: int) -> dict[str, tuple[str, ...]]:
     """Returns for each tuned arm the runs that a round of rates is chosen from: those of the round before.
 
-    Before the first round, they are those at the listed rates. Runs at rates that were added since are left out.
+    Before the first round, they are those at the listed rates: none if an arm lists none. Runs at rates that were added
+    since are left out.
     """
-    stage = RATES if number else TUNING
+    stage, study = RATES if number else TUNING, sweep.experiment.study
     runs = {c.name.removeprefix(stage): c.runs for c in sweep.comparisons if c.name.startswith(stage)}
     if not number:
-        return runs
+        unlisted = [e.name for e in study.entrants if not study.learning_rates.get(e.arm, True)] if study else []
+        return runs | dict.fromkeys(unlisted, ())
     before = json.loads(rates_path(sweep.name, number - 1).read_text())["arms"]
     return {
         arm: tuple(run for run in runs.get(arm, ()) if sweep.runs[run].learning_rate in said["rates"])
@@ -198,7 +200,7 @@ def runs_to_choose_from(sweep: Sweep, number: int) -> dict[str, tuple[str, ...]]
 def _middle_rates(study: Study, entrant: Entrant) -> list[float]:
     """Returns the rates of an arm around its centre or, as long as that is not known, around the middle listed one."""
     listed = study.learning_rates[entrant.arm]
-    return around(study.centres.get(entrant.name, listed[len(listed) // 2]))
+    return around(study.centres.get(entrant.name) or listed[len(listed) // 2])
 
 
 def _check_size(experiment: Experiment, path: Path) -> None:

@@ -151,7 +151,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "power": power(study) if not math.isnan(study.yardstick) else None,
         "given": listed(given, "; "),
         "controls_of": sorted({control for control, _ in study.controls}),
-        "fewest_rates": min(map(len, settings.learning_rates.values()), default=0),
+        "fewest_rates": min((len(rates) or 3 for rates in settings.learning_rates.values()), default=0),
         "steep": contrasts.STEEP,
         "chosen_by": settings.chosen_by,
         "has_tuning": any(rate.is_tuned or rate.regret for rate in rates.values()),
