@@ -40,8 +40,6 @@ RUNS = RESULTS / "runs"
 REPORTS = Path("reports")
 PUBLISHED_RESULTS = RESULTS / "published"
 PUBLISHED_REPORTS = REPORTS / "published"
-CONTRIBUTED_RESULTS = RESULTS / "contributed"
-"""The folder of results from the cards of others, with one folder per card."""
 
 LEADERBOARD = "leaderboard"
 """The name of the page of methods that studies compare, in the folder of reports and in that of published ones."""

@@ -32,7 +32,7 @@ FINAL: tuple[Status, ...] = ("ok", "oom", "diverged")
 
 LIBRARIES = "torch", "transformers", "peft", "bitsandbytes", "accelerate", "lm_eval", "numpy", "tokenizers"
 PACKAGES = (*LIBRARIES, "peftscope")
-"""The packages whose versions a record names, and a contribution too."""
+"""The packages whose versions a record names."""
 
 TRY_AGAIN = "see its train.log; remove its record.json to try again (and state/, if it ran out of memory)"
 """What to do about a run that failed."""

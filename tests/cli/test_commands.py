@@ -31,7 +31,7 @@ TREATMENTS = {
     # Whole: an answer within seconds.
     r"peftscope (advise|memory|fit|cheapest|models|why|oom|expand|doctor|claims --id|table) ?.*": "whole",
     # These train, measure or need what was trained: their options are read, and nothing more.
-    r"(python -m )?peftscope (run|sweep|merge|report|contribute|new-study|claims --(kind|reuse))( .*)?": "help",
+    r"(python -m )?peftscope (run|sweep|merge|report|new-study|claims --(kind|reuse))( .*)?": "help",
     # Runs and files of the reader's own; what it says of them is tested with those of tests.
     r"peftscope compare .*": "help",
     # A server runs until it is stopped.

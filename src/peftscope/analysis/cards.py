@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from peftscope.analysis.contributed import read_contributions
-from peftscope.layout import CONTRIBUTED_RESULTS
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, ask
 from peftscope.spec import RunSpec
@@ -26,32 +24,16 @@ def read_cards(folders: Iterable[Path]) -> dict[str, list[Row]]:
     """Returns the rows of runs on random weights by the name of their card; rows of processors are ignored.
 
     Args:
-        folders: The folders whose subfolders have a ``runs.csv``, or that of contributions. A run that two of them
-            have counts once.
-
-    Raises:
-        InputError: A contribution does not pass its checks.
+        folders: The folders whose subfolders have a ``runs.csv``. A run that two of them have counts once.
     """
     cards: dict[str, dict[str, Row]] = {}
-    for table in (table for folder in folders for table in _tables(folder)):
+    for table in (pd.read_csv(path) for folder in folders for path in sorted(folder.glob("*/runs.csv"))):
         if "device" not in table or not (table["device"] == "cuda").any():
             continue
         table = table[(table["device"] == "cuda") & (table["task"] == TASK) & table["status"].isin(["ok", "oom"])]
         for row in table.astype(object).where(table.notna(), None).to_dict("records"):
             cards.setdefault(str(row["gpu"]), {}).setdefault(str(row["run_id"]), row)
     return {card: list(rows.values()) for card, rows in sorted(cards.items())}
-
-
-def is_contributed(folder: Path | str) -> bool:
-    """Returns whether a folder holds what others contributed."""
-    return Path(folder).name == CONTRIBUTED_RESULTS.name
-
-
-def _tables(folder: Path) -> Iterator[pd.DataFrame]:
-    if is_contributed(folder):
-        yield from (contribution.runs() for contribution in read_contributions(folder).values())
-    else:
-        yield from map(pd.read_csv, sorted(folder.glob("*/runs.csv")))
 
 
 def find_run(rows: Iterable[Row], model: str, options: Mapping[str, Any], measured: str = "status") -> Row | None:

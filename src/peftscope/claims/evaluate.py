@@ -58,8 +58,6 @@ class PartFinding:
         if word == "trained":
             seeds = f", {self.found.n} seed{'s' * (self.found.n != 1)}" if self.found.samples else ""
             return f"trained{seeds} on {self.found.model}"
-        if self.found.contributed:
-            return "on a contributed card"
         sampled = word == "sampled" or (word == "computed" and self.found.low is not None)
         return f"sampled, n = {self.found.n}" if sampled else word
 
@@ -92,7 +90,7 @@ class PartFinding:
             "curves": {name: {f"{x:g}": rounded(y) for x, y in curve.items()} for name, curve in found.curves.items()},
             "axes": list(found.axes),
             "run_ids": list(found.run_ids),
-            **{n: said for n in ("matters", "spoiled_by", "contributed") if (said := getattr(found, n))},
+            **{n: said for n in ("matters", "spoiled_by") if (said := getattr(found, n))},
             **{n: said for n in ("answer", "elsewhere") if (said := getattr(self, n))},
         }
 

@@ -39,7 +39,6 @@ class Measurement:
         model: The model on which the value was measured.
         run_ids: The training runs behind the value.
         spoiled_by: Why the value says nothing about the claim, which leaves the verdict open; empty if it does.
-        contributed: Whether it was measured on a card of others, for want of one of ours.
         p_adjusted: The p of a difference after correction for all comparisons of its study; None without one.
         matters: The smallest difference that matters, in the claim's unit; 0 where none was declared before the runs,
             as between arms at one rate each.
@@ -57,7 +56,6 @@ class Measurement:
     model: str = ""
     run_ids: tuple[str, ...] = ()
     spoiled_by: str = ""
-    contributed: bool = False
     p_adjusted: float | None = None
     matters: float = 0.0
 

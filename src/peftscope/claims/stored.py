@@ -54,7 +54,7 @@ def stored_measurements(findings: Iterable[dict[str, Any]]) -> dict[str, Measure
         check_key(part["check"], part["with"]): Measurement(
             part["found"],
             **{name: part[name] for name in ("low", "high", "n", "evidence", "model", "tuning_error", "p_adjusted")},
-            **{name: part[name] for name in ("matters", "spoiled_by", "contributed") if name in part},
+            **{name: part[name] for name in ("matters", "spoiled_by") if name in part},
             samples=tuple(part["samples"]),
             axes=tuple(part["axes"]),
             run_ids=tuple(part["run_ids"]),

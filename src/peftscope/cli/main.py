@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from peftscope import __version__
-from peftscope.cli import advise, claims, compare, contribute, memory, new_study, rules, verify, why
+from peftscope.cli import advise, claims, compare, memory, new_study, rules, verify, why
 from peftscope.cli.console import EXPERIMENT, wide_console
 from peftscope.errors import InputError, Problem, needs, printable
 from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
@@ -30,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Measure what LoRA and its relatives do to memory, speed and quality.",
 )
-for group in (memory, why, claims, compare, advise, rules, verify, contribute, new_study):
+for group in (memory, why, claims, compare, advise, rules, verify, new_study):
     app.add_typer(group.app)
 errors = Console(stderr=True, highlight=False)
 

@@ -16,7 +16,7 @@ from peftscope.methods import METHODS
 from peftscope.planning.cells import ARM
 from peftscope.planning.experiment import A_A
 from peftscope.spec import RunSpec, start_without_seed
-from peftscope.words import GIB, MIB, formatted, interval, percent, plain
+from peftscope.words import MIB, formatted, interval, percent, plain
 
 MOST_SETTINGS, MOST_RUNS = 60, 500
 """The most rows of the tables for people. The CSV files have all rows."""
@@ -313,23 +313,6 @@ def readable_runs(runs: pd.DataFrame) -> pd.DataFrame:
             "wall (s)": runs["wall_seconds"].map(lambda v: formatted(v, ".0f")),
         }
     )
-
-
-def readable_card_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns runs of a contributed card as text: how each ended, its step, its peaks with the prediction's errors."""
-    table = pd.DataFrame(
-        {
-            "run": runs["run_id"],
-            "ended": runs["status"].replace("oom", "OOM"),
-            "step (s)": runs["step_seconds_median"].map(lambda seconds: formatted(seconds, ".3f")),
-        }
-    )
-    errors = predictions(runs)
-    for peak, name in PEAKS.items():
-        found = errors[errors["peak"] == peak].set_index("run_id")
-        said = (found["measured_bytes"] / GIB).map("{:.2f}".format) + found["error_percent"].map(", {:+.1f}".format)
-        table[f"{name} (GiB, % off)"] = runs["run_id"].map(said).fillna("-")
-    return table
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -1,27 +1,24 @@
 """Compares runs of ``experiments/gpu-check.yaml`` on CUDA cards. Nothing is measured here; rows of a CPU never count.
 
 A run is given by the options of ``peftscope memory``. If several cards measured it, the most extreme value counts, the
-smallest or the largest, and the evidence shows the others. Contributed cards count where none of ours has measured, and
-the measurement says so.
+smallest or the largest, and the evidence shows the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from peftscope.analysis.cards import Row, find_run, is_contributed, quartiles, read_cards
+from peftscope.analysis.cards import Row, find_run, quartiles, read_cards
 from peftscope.analysis.stats import median_ratio_interval
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.hardware.cards import without_bf16
-from peftscope.layout import CONTRIBUTED_RESULTS, PUBLISHED_RESULTS, RESULTS
+from peftscope.layout import PUBLISHED_RESULTS, RESULTS
 
 MODEL = "llama-2-7b"
-FOLDERS = (str(RESULTS), str(PUBLISHED_RESULTS), str(CONTRIBUTED_RESULTS))
-"""The folders of results of this machine, of the published ones, and of those that others contributed."""
+FOLDERS = (str(RESULTS), str(PUBLISHED_RESULTS))
+"""The folders of results of this machine and of the published ones."""
 
 Run = dict[str, Any]
 Extreme = Literal["smallest", "largest"]
@@ -41,7 +38,7 @@ def step_ratio(
     def ratio(above: Row, below: Row) -> list[Found]:
         return [("", median_ratio_interval(quartiles(above, "step"), quartiles(below, "step")))]
 
-    return _ours_or_contributed(partial(_most_extreme, [run, against], batch_sizes, ratio, extreme, model))
+    return _most_extreme([run, against], batch_sizes, ratio, extreme, model)
 
 
 def latency_ratio(
@@ -65,19 +62,7 @@ def latency_ratio(
         return [(f", {name}", median_ratio_interval(*pair)) for name, pair in both.items()]
 
     measured = f"latency_{state}_token_repeats"
-    return _ours_or_contributed(partial(_most_extreme, [run], batch_sizes, ratios, "largest", MODEL, measured=measured))
-
-
-def _ours_or_contributed(on: Callable[..., Measurement]) -> Measurement:
-    """Returns what was measured on our cards or, if none of them has measured it, on contributed ones."""
-    try:
-        return on(folders=[folder for folder in FOLDERS if not is_contributed(folder)])
-    except NotRunError as missing:
-        try:
-            found = on(folders=filter(is_contributed, FOLDERS))
-        except NotRunError:
-            raise missing from None
-    return replace(found, model=f"{found.model} (contributed)", contributed=True)
+    return _most_extreme([run], batch_sizes, ratios, "largest", MODEL, measured)
 
 
 def _most_extreme(
@@ -86,15 +71,13 @@ def _most_extreme(
     compare: Callable[..., list[Found]],
     extreme: Extreme,
     model: str,
-    *,
-    folders: Iterable[str],
     measured: str = "status",
 ) -> Measurement:
     """Returns the most extreme ratio over batch sizes and cards. A card counts if it tried every run at every size."""
     found: dict[str, tuple[float, float, float]] = {}
     evidence: dict[str, Quantity] = {}
     on = set()
-    every = read_cards(map(Path, folders))
+    every = read_cards(map(Path, FOLDERS))
     if not every:
         raise NotRunError("no run on a CUDA card; run make gpu-check on a machine with one")
     cards = {card: rows for card, rows in every.items() if not without_bf16(card)}
