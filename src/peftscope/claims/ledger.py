@@ -136,7 +136,7 @@ class Claim(Strict):
     scope: Annotated[str, Field(min_length=1, description="model, task and setting that the verdict holds for")]
     note: Annotated[str, Field(description="what was tested where the source contradicts itself; what we found")] = ""
     correction: Annotated[str, Field(description="what to remember instead, if the claim turns out wrong")] = ""
-    decider: Annotated[str, Field(description="what would decide it if not more rates or pairs, and its price")] = ""
+    to_decide: Annotated[str, Field(description="what would decide it while it is open or not run, and its price")] = ""
     advice: Annotated[dict[Verdict, str], Field(description="by verdict, what it means for people who train")] = {}
     parts: Annotated[tuple[Part, ...], Field(min_length=1, description="all assertions and conditions decide")]
 

@@ -13,10 +13,9 @@ import seaborn as sns
 from markupsafe import Markup
 
 from peftscope.claims.ledger import Claim
-from peftscope.claims.verdict import Verdict
+from peftscope.claims.verdict import UNDECIDED, Verdict
 from peftscope.files.atomic import write_json
 from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
-from peftscope.report.deciding import what_would_decide
 from peftscope.report.looks import MARKERS, SAFE_COLOURS
 from peftscope.report.rendering import asset, write_page
 from peftscope.report.spoken import (
@@ -133,7 +132,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "worlds": {spoken_worlds([world]) for world in trained_in(finding)} or {NO_WORLD},
         "instead": (correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),
-        "decider": what_would_decide(claim, finding),
+        "to_decide": claim.to_decide if verdict in UNDECIDED else "",
         "parts": [(part, interval(part)) for part in parts],
         "drawn": [interval(part) for part in open_parts] if verdict == Verdict.OPEN else [],
         "figures": [(_figure(name, part), part["measures"] + _elsewhere(part)) for name, part in curves],
