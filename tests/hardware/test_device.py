@@ -76,10 +76,10 @@ def test_without_nvml_the_driver_names_the_cards(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(device, "DRIVER", tmp_path / "gpus")
     monkeypatch.delenv("PEFTSCOPE_DEVICE", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert device.gpu_names() == [] and device.detect_device() == "cpu"
+    assert device.cards() == [] and device.detect_device() == "cpu"
     for bus in ("0000:01:00.0", "0000:02:00.0"):
         (tmp_path / "gpus" / bus).mkdir(parents=True)
         (tmp_path / "gpus" / bus / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\n")
-    assert device.gpu_names() == 2 * ["NVIDIA H100 80GB HBM3"]
+    assert [card.name for card in device.cards()] == 2 * ["NVIDIA H100 80GB HBM3"]
     assert device.detect_device() == "cuda" and visible_cards() == ["0", "1"]
     assert card_of("quick", None) == find_gpu("h100")

@@ -14,7 +14,7 @@ from test_methods import batches_of
 
 from peftscope.data.batching import Batch, tokenise, training_batches
 from peftscope.data.tasks import read_split
-from peftscope.hardware.cards import CUBLAS_HOPPER_BYTES, GPUS
+from peftscope.hardware.cards import CUBLAS_BYTES, CUBLAS_HOPPER_BYTES, GIB, GPUS
 from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory import predict
 from peftscope.memory.predict import found_card, predict_or_nothing
@@ -30,9 +30,9 @@ def simulated(unpredicted: Path, monkeypatch: pytest.MonkeyPatch) -> list[RunSpe
     """The runs that were simulated, in this order."""
     simulate, runs = predict.simulate, []
 
-    def noted(spec: RunSpec, *arguments: Any) -> Any:
+    def noted(spec: RunSpec, *arguments: Any, **options: Any) -> Any:
         runs.append(spec)
-        return simulate(spec, *arguments)
+        return simulate(spec, *arguments, **options)
 
     monkeypatch.setattr(predict, "simulate", noted)
     return runs
@@ -116,17 +116,24 @@ def test_peaks_of_the_allocator_stand_in_for_the_tracker(toy: Path, make_spec, m
 
 
 @pytest.mark.parametrize(
-    ("name", "major", "cublas"),
+    ("name", "capability", "memory", "cublas"),
     [
-        ("NVIDIA H100 80GB HBM3", 9, CUBLAS_HOPPER_BYTES),
-        ("NVIDIA GeForce RTX 4090", 8, GPUS["rtx4090"].cublas_bytes),
-        ("NVIDIA L4", 8, GPUS["l4"].cublas_bytes),
-        ("Something New", 9, CUBLAS_HOPPER_BYTES),
+        ("NVIDIA H100 80GB HBM3", (9, 0), 79 * GIB, CUBLAS_HOPPER_BYTES),
+        ("NVIDIA GeForce RTX 4090", (8, 9), 23 * GIB, CUBLAS_BYTES),
+        ("NVIDIA L4", (8, 9), 22 * GIB, CUBLAS_BYTES),
+        ("NVIDIA B300", (10, 3), 268 * GIB, CUBLAS_HOPPER_BYTES),
+        ("TITAN RTX", (7, 5), 24 * GIB, CUBLAS_BYTES),
     ],
 )
-def test_the_card_is_known_or_described(name: str, major: int, cublas: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(name=name, major=major, total_memory=7)
+def test_the_card_is_known_or_described(
+    name: str, capability: tuple[int, int], memory: int, cublas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = capability
+    properties = SimpleNamespace(name=name, major=major, minor=minor, total_memory=memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     card = found_card()
-    assert (card.name, card.memory_bytes, card.cublas_bytes) == (name, 7, cublas)
+    assert (card.name, card.memory_bytes, card.cublas_bytes) == (name, memory, cublas)
     assert card.context_bytes == (GPUS["l4"].context_bytes if name == "NVIDIA L4" else None)
+    assert card.before_ampere == (major < 8)
+    monkeypatch.setattr(torch.backends.cuda, "cublas_workspace_size", lambda: 2**25)
+    assert found_card().cublas_bytes == 2**25

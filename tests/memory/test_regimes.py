@@ -11,7 +11,8 @@ from conftest import fast_if
 from test_simulate import both
 
 from peftscope.errors import InputError
-from peftscope.memory.answer import answer_by_formula
+from peftscope.hardware.cards import GPUS
+from peftscope.memory.answer import answer_by_formula, peaks_by_formula
 from peftscope.memory.assumptions import assumptions_of
 from peftscope.memory.base import Model, describe_model
 from peftscope.memory.kernels import attention_kernel
@@ -55,6 +56,20 @@ PREPARED = {"method": "qlora", "rank": 16, "targets": "attention", "kbit_prepara
 )
 def test_the_kernel_that_cuda_runs(kernel: str, width: int, head_dim: int, masked: bool, grouped: bool) -> None:
     assert attention_kernel(width, head_dim, masked=masked, grouped=grouped) == kernel
+    before_ampere = attention_kernel(width, head_dim, masked=masked, grouped=grouped, before_ampere=True)
+    assert before_ampere == ("math" if width == 2 else kernel)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "amp"])
+def test_before_ampere_attention_in_16_bits_keeps_its_scores(precision: str) -> None:
+    """The scores of every pair of positions, in 32 bits and for each layer; the closed form agrees."""
+    shape = PRESETS["llama-3.2-1b"].shape.model_copy(update={"num_layers": 2})
+    model = Model("two layers", shape.to_config(), shape)
+    options = {"method": "lora", "precision": precision, "seq_len": 1024, "loss_path": "response_only"}
+    old, new = (ask(model, options, gpu=GPUS[name]) for name in ("t4", "l4"))
+    scores = 2 * shape.num_heads * 1024**2 * 4
+    assert peaks_by_formula(old).allocated_bytes - peaks_by_formula(new).allocated_bytes > 0.9 * scores
+    assert off(old) < 0.002 and off(new) < 0.002
 
 
 def test_padding_changes_nothing_for_kernels_without_a_mask() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from peftscope.execution import pace
 from peftscope.hardware.cards import Rates, find_gpu
+from peftscope.hardware.device import Card
 from peftscope.layout import record_path
 from peftscope.methods import METHODS
 from peftscope.planning import estimate
@@ -144,8 +145,8 @@ def test_every_process_of_a_sharded_run_needs_its_own(make_spec) -> None:
 
 
 def test_a_run_on_this_machines_card_takes_what_the_time_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "gpu_names", lambda: ["NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090"])
-    monkeypatch.setattr(pace, "gpu_memories", lambda: [80 * GIB, 24 * GIB])
+    names = {"NVIDIA A100-SXM4-80GB": 80 * GIB, "NVIDIA GeForce RTX 4090": 24 * GIB}
+    monkeypatch.setattr(pace, "cards", lambda: [Card("", *both) for both in names.items()])
     pace._forecaster.cache_clear()
     spec = SPEC.model_copy(update={"model": "llama-3.2-1b", "device": "cuda"})
     assert pace.run_seconds(spec) == Forecaster(find_gpu("rtx4090")).seconds(spec)

@@ -10,7 +10,7 @@ import psutil
 
 from peftscope.execution.pace import run_seconds
 from peftscope.hardware.bf16 import VARIABLE, Way, chosen_way, has_native_bf16
-from peftscope.hardware.device import detect_device, gpu_names
+from peftscope.hardware.device import cards, detect_device
 from peftscope.spec import RunSpec
 from peftscope.words import spoken_bytes, spoken_time
 
@@ -33,16 +33,16 @@ def examine() -> list[Finding]:
 
     from peftscope.training.ceilings import bf16_rates
 
-    cards = gpu_names()
+    found = cards()
     usable = torch.cuda.is_available()
     memory = psutil.virtual_memory().total
     return [
         Finding("processor", True, f"{psutil.cpu_count()} cores, {spoken_bytes(memory, 0)} of memory"),
         Finding(
             "CUDA",
-            usable or not cards,
-            ", ".join(cards) if cards else "no NVIDIA card; runs use the processor",
-            "" if usable or not cards else "torch is a CPU build or the driver is too old: reinstall torch with pip",
+            usable or not found,
+            ", ".join(card.name for card in found) if found else "no NVIDIA card; runs use the processor",
+            "" if usable or not found else "torch is a CPU build or the driver is too old: reinstall torch with pip",
         ),
         Finding("torch", True, torch.__version__),
         bf16_finding(chosen_way(), bf16_rates()),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from peftscope.hardware.cards import Gpu, Rates, known_card
-from peftscope.hardware.device import gpu_memories, gpu_names
+from peftscope.hardware.cards import Gpu, Rates, measured_card
+from peftscope.hardware.device import cards
 from peftscope.models.catalog import find_model
 from peftscope.planning.demands import host_bytes
 from peftscope.planning.estimate import estimate_seconds
@@ -24,12 +24,8 @@ def run_seconds(spec: RunSpec, *, one_thread: bool = False) -> float:
 
 def this_card() -> Gpu | None:
     """Returns the smallest of this machine's cards; None without one."""
-    names = gpu_names()
-    cards = [
-        known_card(name) or Gpu(name, size)
-        for name, size in zip(names, gpu_memories() or [0] * len(names), strict=False)
-    ]
-    return min((card for card in cards if card.memory_bytes), key=lambda card: card.memory_bytes, default=None)
+    here = [measured_card(*card[1:]) for card in cards()]
+    return min((card for card in here if card.memory_bytes), key=lambda card: card.memory_bytes, default=None)
 
 
 def forecast_here(identity: str, spec: RunSpec, *, chosen: bool, one_thread: bool) -> Forecast:

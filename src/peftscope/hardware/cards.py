@@ -16,6 +16,9 @@ CONTEXT_BYTES = 501 * MIB
 CUBLAS_BYTES = 8_519_680
 """cuBLAS keeps a workspace of this size per stream (``:4096:2:16:8``). Source: torch's ``CublasHandlePool``."""
 CUBLAS_HOPPER_BYTES = 32 * MIB
+"""The same from Hopper on; torch gives it to Blackwell too, by its pull request 175344."""
+AMPERE, HOPPER = 8.0, 9.0
+"""The compute capabilities from which on a card has products of bf16 and flash attention, and the larger workspace."""
 
 Fits = Literal["yes", "tight", "no"]
 """Whether a run fits. Tight: torch's allocator has to give back memory that it caches, and steps are slower."""
@@ -29,21 +32,31 @@ class Gpu:
         name: The name that people use.
         memory_bytes: The total that ``nvidia-smi`` shows.
         context_bytes: The size of a CUDA context, if it was measured.
-        cublas_bytes: The size of cuBLAS's workspace, which counts as allocated.
         reserve_bytes: The part that the driver keeps from CUDA. A card that is given by its size has none.
         reserve_source: Where the reserve was read.
-        before_ampere: Whether its compute capability is below 8.0: it has no bf16 products and no flash attention 2.
+        capability: Its compute capability; 0 if it is not known.
+        workspace_bytes: The size of cuBLAS's workspace, if torch told it.
         note: What else a person has to know about its memory.
     """
 
     name: str
     memory_bytes: int
     context_bytes: int | None = None
-    cublas_bytes: int = CUBLAS_BYTES
     reserve_bytes: int = 0
     reserve_source: str = ""
-    before_ampere: bool = False
+    capability: float = 0.0
+    workspace_bytes: int | None = None
     note: str = ""
+
+    @property
+    def before_ampere(self) -> bool:
+        """Whether it is known to have no bf16 products and no flash attention 2."""
+        return 0 < self.capability < AMPERE
+
+    @property
+    def cublas_bytes(self) -> int:
+        """The size of cuBLAS's workspace, which counts as allocated."""
+        return self.workspace_bytes or (CUBLAS_HOPPER_BYTES if self.capability >= HOPPER else CUBLAS_BYTES)
 
     @property
     def usable_bytes(self) -> int:
@@ -129,10 +142,9 @@ def _gpu(row: dict[str, str]) -> Gpu:
         name=row["name"],
         memory_bytes=memory,
         context_bytes=int(row["context_mib"]) * MIB if row["context_mib"] else None,
-        cublas_bytes=CUBLAS_HOPPER_BYTES if row["generation"] == "hopper" else CUBLAS_BYTES,
         reserve_bytes=max(0, memory - usable),
         reserve_source=row["usable_source"] or f"assumed: {RESERVE_SHARE:.0%}",
-        before_ampere=row["generation"] == "before ampere",
+        capability=float(row["compute_capability"] or 0),
         note=row["note"],
     )
 
@@ -198,30 +210,49 @@ def speed_of(gpu: Gpu) -> tuple[Speed, str]:
     return (known, gpu.name) if known else (SPEEDS[nearest], GPUS[nearest].name)
 
 
-def known_card(device_name: str) -> Gpu | None:
-    """Returns the card whose name is part of the driver's name, or None.
+SAME_MEMORY = 0.06
+"""The share by which two totals of one card differ: torch's is that of nvidia-smi less the driver's reserve."""
 
-    A name that goes on with a zero is another card's: an RTX A1000 is no A100.
+
+def known_card(device_name: str, memory_bytes: int = 0) -> Gpu | None:
+    """Returns the card with the driver's name and the measured memory, or None.
+
+    Without a measurement the name decides, by the memory in it. A name that says more is another card's: a Ti, a
+    Laptop, a slice (MIG).
 
     >>> [known_card(f"NVIDIA {name}").name for name in ("GeForce RTX 4090", "A100-SXM4-40GB", "A100-SXM4-80GB")]
     ['RTX 4090', 'A100 40 GB', 'A100 80 GB']
-    >>> known_card("Something"), known_card("NVIDIA RTX A1000"), known_card("NVIDIA RTX A4000 Laptop GPU")
+    >>> known_card("Something"), known_card("NVIDIA RTX A1000"), known_card("NVIDIA H100 NVL")
     (None, None, None)
     """
     name = _plain(device_name)
-    contained = [key for key in GPUS if re.search(f"{_plain(key)}(?!0)", name)]
-    return GPUS[max(contained, key=len)] if contained else None
+    for key, gpu in GPUS.items():
+        said = re.fullmatch(rf"(?:rtx)?{key.partition('-')[0]}(?:(\d+)gb)?", name)
+        measured = memory_bytes or (int(said[1]) * GIB if said and said[1] else gpu.memory_bytes)
+        if said and abs(measured / gpu.memory_bytes - 1) <= SAME_MEMORY:
+            return gpu
+    return None
 
 
-def without_bf16(device_name: str) -> bool:
-    """Returns whether a card, by the name that torch gives it, is known to compute no bf16 products itself.
+def measured_card(device_name: str, memory_bytes: int, capability: float) -> Gpu:
+    """Returns the known card, or one of which only the measured memory and the compute capability are known."""
+    return known_card(device_name, memory_bytes) or Gpu(device_name, memory_bytes, capability=capability)
 
-    >>> without_bf16("Tesla T4"), without_bf16("NVIDIA L4")
-    (True, False)
+
+def without_bf16(device_name: str, capability: Any = None) -> bool:
+    """Returns whether a card is known to compute no bf16 products itself; its name counts without a capability.
+
+    >>> without_bf16("Tesla T4"), without_bf16("NVIDIA L4"), without_bf16("NVIDIA TITAN RTX", "7.5")
+    (True, False, True)
     """
-    card = known_card(device_name)
-    return card is not None and card.before_ampere
+    known = known_card(device_name)
+    return 0 < float(capability or (known.capability if known else 0)) < AMPERE
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"nvidia|geforce|tesla|sxm\d*|[\s_-]", "", name.lower())
+    """Returns a name without makers, forms and spaces.
+
+    >>> _plain("NVIDIA H100 80GB HBM3"), _plain("Tesla V100-PCIE-32GB"), _plain("NVIDIA GeForce RTX 4090 Laptop GPU")
+    ('h10080gb', 'v10032gb', 'rtx4090laptopgpu')
+    """
+    return re.sub(r"nvidia|geforce|tesla|amd|instinct|sxm\d*|pcie|dgxs|hbm\d*e?|[\s_-]", "", name.lower())

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import random
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from peftscope.errors import InputError, Problem
 from peftscope.files.lock import locked
+from peftscope.hardware.nvml import capability_of, memory, slices
 
 Device = Literal["cpu", "cuda"]
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 """Where NVIDIA's driver on Linux describes each card, also to those who lack the library that asks it."""
+DEVICES = Path("/dev/nvidiactl"), Path("/dev/dxg")
+"""The devices by which Linux, and Linux on Windows (WSL2), reach a card."""
 
 
 def detect_device() -> Device:
@@ -38,44 +45,89 @@ def detect_device() -> Device:
         return wish  # type: ignore[return-value]
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return "cpu"
-    return "cuda" if gpu_names() else "cpu"
+    return "cuda" if cards() else "cpu"
 
 
-def gpu_names() -> list[str]:
-    """Returns the names of the machine's NVIDIA cards, or an empty list without a driver."""
-    names = _of_cards(lambda nvml, card: nvml.nvmlDeviceGetName(card))
-    if names is None:
-        return _names_by_driver()
-    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+class Card(NamedTuple):
+    """A card of this machine, or a slice of one (MIG).
+
+    Attributes:
+        key: What ``CUDA_VISIBLE_DEVICES`` calls it.
+        name: The driver's name.
+        memory_bytes: Its memory; 0 if the driver does not tell.
+        capability: Its compute capability; 0 if the driver does not tell.
+    """
+
+    key: str
+    name: str
+    memory_bytes: int = 0
+    capability: float = 0.0
 
 
-def _of_cards(question: Callable[[Any, Any], Any]) -> list[Any] | None:
-    """Returns what NVML answers of each card; None without its library, which is optional."""
+def cards() -> list[Card]:
+    """Returns the machine's NVIDIA cards, or an empty list without a driver.
+
+    NVML tells them or, where it is missing or broken, the driver's own files or torch.
+    """
+    return _cards_by_nvml() or _cards_by_driver() or _cards_by_torch()
+
+
+def _cards_by_nvml() -> list[Card]:
     try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [question(pynvml, card) for card in cards]
-    except Exception:  # no driver or no permission: no card can be used
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+        found = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            card = nvml.nvmlDeviceGetHandleByIndex(index)
+            capability = capability_of(card)
+            for handle in slices(nvml, card) or [card]:
+                key = str(index) if handle is card else _text(nvml.nvmlDeviceGetUUID(handle))
+                size = int(memory(nvml, handle).total)
+                found.append(Card(key, _text(nvml.nvmlDeviceGetName(handle)), size, capability))
+    except Exception:  # no library, no driver, or one of another version
         return []
+    return found
 
 
-def _names_by_driver() -> list[str]:
+def _text(told: str | bytes) -> str:
+    """Returns the text that NVML told; older versions of the library tell bytes."""
+    return told.decode() if isinstance(told, bytes) else told
+
+
+def _cards_by_driver() -> list[Card]:
     try:
         files = [path.read_text(errors="replace") for path in sorted(DRIVER.glob("*/information"))]
     except OSError:  # no permission
         return []
-    return [line.partition(":")[2].strip() for text in files for line in text.splitlines() if line.startswith("Model:")]
+    lines = [line for text in files for line in text.splitlines() if line.startswith("Model:")]
+    return [Card(str(index), line.partition(":")[2].strip()) for index, line in enumerate(lines)]
+
+
+@cache
+def _cards_by_torch() -> list[Card]:
+    """Asks torch, where the system has a card's device: in a process of its own, for CUDA does not survive a fork."""
+    if not any(path.exists() for path in DEVICES):
+        return []
+    code = (
+        "import json, torch; cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()));"
+        "print(json.dumps([(card.name, card.total_memory, card.major + card.minor / 10) for card in cards]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    try:
+        command = [sys.executable, "-c", code]
+        told = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=99).stdout
+        return [Card(str(index), *card) for index, card in enumerate(json.loads(told.splitlines()[-1]))]
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return []
 
 
 def visible_cards() -> list[str]:
     """Returns the cards that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return [str(index) for index in range(len(gpu_names()))]
+        return [card.key for card in cards()]
     return [card.strip() for card in visible.split(",") if card.strip() not in ("", "-1")]
 
 
@@ -113,6 +165,8 @@ def cards_claimed(count: int, folder: Path | None = None) -> Iterator[list[str]]
             claims.close()
             mine.clear()
             time.sleep(random.uniform(0.5, 1.5))
+        if "CUDA_VISIBLE_DEVICES" not in os.environ:  # the numbers are NVML's, and CUDA would count by speed
+            os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         yield mine
 
@@ -122,11 +176,6 @@ def find_compiler(device: Device) -> str | None:
     variable, names = ("CXX", ("g++", "clang++")) if device == "cpu" else ("CC", ("gcc", "clang"))
     wish = os.environ.get(variable)
     return next((found for name in ([wish] if wish else names) if (found := shutil.which(name))), None)
-
-
-def gpu_memories() -> list[int]:
-    """Returns the bytes of memory of each card of ``gpu_names``, or an empty list if the driver does not tell."""
-    return _of_cards(lambda nvml, card: int(nvml.nvmlDeviceGetMemoryInfo(card).total)) or []
 
 
 def processor_name() -> str:

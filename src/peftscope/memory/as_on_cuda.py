@@ -129,7 +129,7 @@ def grouped_products() -> Any:
 
 
 @contextmanager
-def as_on_cuda() -> Iterator[None]:
+def as_on_cuda(*, before_ampere: bool = False) -> Iterator[None]:
     """Lets attention inside this context run the math kernel where it would on CUDA, and PEFT see autocast.
 
     A CPU's flash kernel takes what CUDA's refuses, and keeps as much as CUDA's flash and efficient kernels. PEFT's
@@ -140,7 +140,7 @@ def as_on_cuda() -> Iterator[None]:
     def choose(query: torch.Tensor, *others: torch.Tensor, **options: Any) -> torch.Tensor:
         width = 2 if enabled("cpu") else query.element_size()
         masked, grouped = options.get("attn_mask") is not None, bool(options.get("enable_gqa"))
-        kernel = attention_kernel(width, query.shape[-1], masked=masked, grouped=grouped)
+        kernel = attention_kernel(width, query.shape[-1], masked=masked, grouped=grouped, before_ampere=before_ampere)
         with sdpa_kernel(SDPBackend.MATH) if kernel == "math" else nullcontext():
             return attend(query, *others, **options)
 

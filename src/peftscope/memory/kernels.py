@@ -12,21 +12,27 @@ ALIGNMENT_BYTES = 16
 """The efficient kernel reads heads in units of so many bytes."""
 
 
-def attention_kernel(width: float, head_dim: int, *, masked: bool, grouped: bool) -> Kernel:
+def attention_kernel(
+    width: float, head_dim: int, *, masked: bool, grouped: bool, before_ampere: bool = False
+) -> Kernel:
     """Returns the first kernel that takes the inputs of ``scaled_dot_product_attention`` on CUDA.
 
     The flash kernel takes 16-bit numbers without a mask; cuDNN's, which some cards prefer, keeps as much. The
     efficient kernel takes any numbers and masks, but needs a key for every query head. What is left goes to the math
-    kernel, which keeps the scores of every pair of positions in 32 bits.
+    kernel, which keeps the scores of every pair of positions in 32 bits. So does all bf16 on a card before Ampere:
+    there, no flash kernel runs, and the efficient one takes fp16 and fp32 alone.
 
     Source: torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: can_use_flash_attention,
-    can_use_mem_efficient_attention (``check_batch_size_and_num_heads_dense<false>``), priority_order.
+    can_use_mem_efficient_attention (``check_batch_size_and_num_heads_dense<false>``,
+    ``less_than_sm80_mem_efficient_dtypes``), priority_order.
 
-    ``width`` is in bytes; ``grouped``: several query heads share a key (``enable_gqa``).
+    ``width`` is in bytes, and 2 means bf16; ``grouped``: several query heads share a key (``enable_gqa``).
 
     >>> attention_kernel(2, 128, masked=False, grouped=True), attention_kernel(4, 128, masked=False, grouped=True)
     ('flash', 'math')
     """
+    if width == 2 and before_ampere:
+        return "math"
     if width == 2 and not masked and head_dim <= WIDEST_HEAD:
         return "flash"
     return "math" if grouped or head_dim * width % ALIGNMENT_BYTES else "efficient"

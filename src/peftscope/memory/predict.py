@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from peftscope.data.batching import Batch
 from peftscope.files.atomic import write_json
 from peftscope.hardware.bf16 import chosen_way
-from peftscope.hardware.cards import CONTEXT_BYTES, CUBLAS_BYTES, CUBLAS_HOPPER_BYTES, Gpu, known_card
+from peftscope.hardware.cards import CONTEXT_BYTES, Gpu, measured_card
 from peftscope.layout import PREDICTIONS_FOLDER
 from peftscope.memory.allocator import reserved_bytes
 from peftscope.memory.assumptions import library_versions
@@ -105,7 +105,8 @@ def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> Predi
     batches = [widest] * steps if widest is not None else []
 
     def simulate_at(config: Any) -> tuple[Trace | None, Trace | None]:
-        return simulate(spec, config, batches, widest_heldout, card.cublas_bytes if card else 0)
+        cublas, before_ampere = (card.cublas_bytes, card.before_ampere) if card else (0, False)
+        return simulate(spec, config, batches, widest_heldout, cublas, before_ampere=before_ampere)
 
     # What a card reserves follows from the order of all blocks, and that from the whole model.
     shallow = card is None and layers_are_alike(empty_model(spec, config, Beside()).model, config)
@@ -130,7 +131,11 @@ def predict(spec: RunSpec, widest: Batch | None, widest_heldout: Batch) -> Predi
 
 
 def found_card() -> Gpu:
-    """Returns the first CUDA card: its own memory and name, and the workspace and context of its type."""
+    """Returns the first CUDA card: its own memory, capability and workspace, and the context of its type."""
     properties: Any = torch.cuda.get_device_properties(0)
-    unknown = Gpu("", 0, cublas_bytes=CUBLAS_HOPPER_BYTES if properties.major == 9 else CUBLAS_BYTES)
-    return replace(known_card(properties.name) or unknown, name=properties.name, memory_bytes=properties.total_memory)
+    name, memory, capability = properties.name, properties.total_memory, properties.major + properties.minor / 10
+    workspace = None
+    with suppress(AttributeError, RuntimeError):  # before torch 2.13 it could not be asked
+        workspace = torch.backends.cuda.cublas_workspace_size()
+    card = measured_card(name, memory, capability)
+    return replace(card, name=name, memory_bytes=memory, capability=capability, workspace_bytes=workspace)

@@ -109,6 +109,11 @@ class Question:
         return self.gpu.cublas_bytes if self.gpu else CUBLAS_BYTES
 
     @property
+    def before_ampere(self) -> bool:
+        """Whether the card is known to have no attention kernel for bf16 but the math one."""
+        return self.gpu is not None and self.gpu.before_ampere
+
+    @property
     def saved(self) -> dict[str, str]:
         """The modules of which a copy is trained in full, and the precision of the copy: base or fp32."""
         return dict.fromkeys(self.beside.modules_to_save, self.beside.modules_to_save_dtype)

@@ -43,6 +43,8 @@ def simulate(
     cublas_bytes: int = 0,
     beside: Beside | None = None,
     tower: Sequence[Block] = (),
+    *,
+    before_ampere: bool = False,
 ) -> tuple[Trace, Trace | None]:
     """Returns the trace of training steps, one per batch, and the trace of an evaluation.
 
@@ -59,6 +61,7 @@ def simulate(
         cublas_bytes: The size of cuBLAS's workspace. Above 0, the traces also contain the workspaces of CUDA kernels.
         beside: What is said beside the fields of the run: the job, the loss, modules that are trained in full.
         tower: The frozen weights of a vision tower, which lie beside.
+        before_ampere: Whether the card's attention has no kernel for bf16 but the math one.
     """
     beside = beside or Beside()
     trained = empty_model(spec, config, beside)
@@ -77,7 +80,7 @@ def simulate(
     if cublas_bytes:
         drop_as_on_cuda(model)
     in_evaluation = attention_stand_in(spec.attention, spec, [evaluation_batch] if evaluation_batch else [])
-    choices = as_on_cuda() if cublas_bytes else nullcontext()
+    choices = as_on_cuda(before_ampere=before_ampere) if cublas_bytes else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), choices, grouped_products(), _Owners(trained) as owners:
         fill_with_fakes(model, spec.method.quantization(), packs_experts=beside.quantize_moe_experts)
         with attention(model, in_training):
@@ -205,6 +208,7 @@ def peaks_by_simulation(question: Question, *, evaluation: bool | None = None) -
             question.cublas_bytes,
             question.beside,
             tower_blocks(question),
+            before_ampere=question.before_ampere,
         )
         return training if spec.method.trains else None, evaluated
 

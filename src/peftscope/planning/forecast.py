@@ -139,7 +139,7 @@ class Forecaster:
             if (before := RunSpec.model_validate(record["spec"])).device == "cuda"
             and before.method.trains
             and record["seconds"]["train"] > 0
-            and known_card(str(record["provenance"]["hardware"].get("gpu"))) == self.gpu
+            and _card_of(record["provenance"]["hardware"]) == self.gpu
             and (shape := find_model(before.model).shape)
         ]
         same = [one for one in here if one[1].method.name == spec.method.name]
@@ -173,6 +173,10 @@ class Forecaster:
         model = Model(spec.model, shape.to_config(), shape)
         question = Question(model, spec.model_copy(update=each), length, self.gpu, spec.shards)
         return step_time(question, self.speed)
+
+
+def _card_of(hardware: Mapping[str, Any]) -> Gpu | None:
+    return known_card(str(hardware.get("gpu")), hardware.get("gpu_memory_bytes") or 0)
 
 
 def _answers(spec: RunSpec) -> int:

@@ -134,7 +134,8 @@ def _sdpa(model: TapedModel, query: Shaped, key: Shaped, value: Shaped, mask: Sh
     if tape.autocast or model.spec.attention == "flash_attention_2":
         query, key, value = (tape.cast(x, 2, "16-bit copy for the attention kernel") for x in (query, key, value))
     grouped, head_dim = model.grouped and mask is None, model.shape.head_dim
-    kernel = attention_kernel(query.width, head_dim, masked=mask is not None, grouped=grouped)
+    asked = {"masked": mask is not None, "grouped": grouped, "before_ampere": model.before_ampere}
+    kernel = attention_kernel(query.width, head_dim, **asked)
     if kernel == "math":
         return _math_attention(model, query, key, value, mask)
     if mask is not None:
@@ -149,6 +150,7 @@ def _sdpa(model: TapedModel, query: Shaped, key: Shaped, value: Shaped, mask: Sh
 def _math_attention(model: TapedModel, query: Shaped, key: Shaped, value: Shaped, mask: Shaped | None) -> Shaped:
     """Stands for ``_scaled_dot_product_attention_math``: 32-bit scores of every pair of positions."""
     tape, before = model.tape, query.width
+    autocasts, tape.autocast = tape.autocast, False  # it ends where the kernel begins
     query, key, value = (tape.cast(x, 4) for x in (query, key, value))
     query = tape.scale(query)
     additive = tape.new(mask.dims if mask else ("S", "P"), 4, term="additive mask of each layer")
@@ -161,6 +163,7 @@ def _math_attention(model: TapedModel, query: Shaped, key: Shaped, value: Shaped
     scores = tape.op([scores], scores.dims, 4, lambda grads, _: [grads[0]])
     scores = tape.with_saved_output([scores], scores.dims, 4, "attention probabilities in 32 bits")
     output = tape.cast(tape.matmul(scores, value, query.dims, "output of attention"), before)
+    tape.autocast = autocasts
     del additive
     return tape.contiguous(output, "output of attention")
 

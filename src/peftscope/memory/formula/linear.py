@@ -59,7 +59,7 @@ class TapedModel:
         assert shape is not None
         self.spec, self.shape, self.method = spec, shape, spec.method
         self.saved, self.padded, self.loss = question.saved, question.padded, question.beside.loss
-        self.beside = question.beside
+        self.beside, self.before_ampere = question.beside, question.before_ampere
         self.values: dict[str, Any] = spec.method.model_dump()
         assert self.method.closed_form is not None
         self.form = self.method.closed_form

@@ -54,7 +54,8 @@ class TrainingTraces:
 
     def trace(self, question: Question) -> Trace:
         """Returns what ``trace_training`` returns."""
-        key = f"{operations_of(question)} {question.model.shape!r} {question.model.vision} {question.cublas_bytes}"
+        card = question.cublas_bytes, question.before_ampere
+        key = f"{operations_of(question)} {question.model.shape!r} {question.model.vision} {card}"
         if key not in self._traces:
             trace = trace_training(question)
             # Methods that do the same operations on the same tensors, as LoRA and rsLoRA do, share what is reserved.
