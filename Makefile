@@ -36,7 +36,7 @@ help:
 	@echo "make report RESUME=1             the same, from the published runs on"
 	@echo "make test                        the tests and the smoke pipeline"
 	@echo "make setup                       .venv with the locked dependencies and peftscope itself"
-	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or claims, leaderboard, memory)"
+	@echo "make publish EXPERIMENT=quick    copy a finished run's small files to where they are committed (or claims, memory)"
 	@echo "make verify [EXPERIMENT=quick]   run published runs again: which numbers come out the same"
 	@echo "make claims                      measure what the literature claims; reports/claims.html"
 	@echo "make site                        findings, claims, reports, calculator, how-to pages: site/index.html (needs npm)"

@@ -55,8 +55,7 @@ html_sidebars["**"] += ["sidebar/navigation.html", "sidebar/scroll-end.html"]
 def keep_links(app: Sphinx, document: nodes.document) -> None:
     """Keeps links to files that are no page of Sphinx's, and copies these files to the same place in the site.
 
-    Links to ``claims.md`` go to ``claims.html``, which says the same with figures and a search. So do
-    those to ``leaderboard.md``.
+    Links to ``claims.md`` go to ``claims.html``, which says the same with figures and a search.
     """
     for link in [*document.findall(addnodes.download_reference), *document.findall(addnodes.pending_xref)]:
         page, target = app.env.docname, link["reftarget"]
@@ -64,7 +63,7 @@ def keep_links(app: Sphinx, document: nodes.document) -> None:
             path = (ROOT / page).parent.joinpath(target).resolve().relative_to(ROOT)
             (app.outdir / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / path, app.outdir / path)
-        elif target in (f"{REPORTS}/claims", f"{REPORTS}/leaderboard"):
+        elif target == f"{REPORTS}/claims":
             target = relative_uri(page, f"{target}.html")
             target += f"#{link['reftargetid']}" if link["reftargetid"] else ""
         else:
@@ -73,9 +72,9 @@ def keep_links(app: Sphinx, document: nodes.document) -> None:
 
 
 def list_reports(app: Sphinx, page: str, source: list[str]) -> None:
-    """Writes a link to every report, and to the leaderboard, where a page asks for them."""
+    """Writes a link to every report where a page asks for them."""
     if REPORTS_HERE in source[0]:
-        paths = [*ROOT.glob(f"{REPORTS}/leaderboard.html"), *sorted(ROOT.glob(f"{REPORTS}/*/report.html"))]
+        paths = sorted(ROOT.glob(f"{REPORTS}/*/report.html"))
         titles = [f"- [{TITLE.search(path.read_text())[1]}](../../{path.relative_to(ROOT)})" for path in paths]
         source[0] = source[0].replace(REPORTS_HERE, "\n".join(titles))
 

@@ -55,7 +55,7 @@ NEEDING = {
     "doctor": "[train]",
     "expand sums": "[train]",
     "expand gpu-7b --gpu a100": "[train]",
-    "leaderboard": "[report]",
+    "table sums": "[report]",
     "verify quick": "[train]",
     "claims --write": "[all]",
     "records quick": "[report]",

@@ -41,9 +41,6 @@ REPORTS = Path("reports")
 PUBLISHED_RESULTS = RESULTS / "published"
 PUBLISHED_REPORTS = REPORTS / "published"
 
-LEADERBOARD = "leaderboard"
-"""The name of the page of methods that studies compare, in the folder of reports and in that of published ones."""
-
 MEMORY_FOLDER = RESULTS / "memory"
 """The folder of results that need no run: memory curves and bars."""
 

@@ -32,7 +32,18 @@ from peftscope.planning.experiment import A_A_SHIFT, BorrowedRate
 from peftscope.planning.published import VALIDATION, published_items, published_records
 from peftscope.planning.sweep import Sweep, expand
 from peftscope.record import Quality, RunRecord, parse_record, write_record
-from peftscope.report.contrasts import CONTROLS, answer, contrasts, controls, readable_contrasts, samples_to, tuning
+from peftscope.report import export
+from peftscope.report.contrasts import (
+    CONTROLS,
+    answer,
+    contrasts,
+    controls,
+    readable_contrasts,
+    readable_controls,
+    samples_to,
+    tuning,
+)
+from peftscope.report.export import exported
 from peftscope.report.overfitting import draw_overfitting, mean_losses, overfitting_sentence
 from peftscope.report.plots import draw_figure
 from peftscope.report.publish import publish, restore
@@ -559,6 +570,41 @@ def test_controls_say_what_the_comparison_makes_of_no_difference(finished: Study
     assert found["control_over_base"].to_dict() == pytest.approx(gained, abs=1e-12)
     assert found["arm_over_base"].tolist() == pytest.approx([sum(GAINS["lora"]) / 6] * 3)
     assert found["difference"]["a-a"] == pytest.approx((sum(AGAIN) - sum(GAINS["lora"])) / 6)
+
+
+def test_a_study_of_ones_own_has_the_published_arms_of_its_world_below_it(
+    finished: StudyResults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "WORLDS", {"A": "world"})
+    alone = exported("mine", "markdown")
+    world = Path("results/published/world")
+    shutil.copytree("results/mine", world)
+    runs = pd.read_csv(world / "runs.csv")
+    runs["comparisons"] = runs["comparisons"].str.replace("arm-thin", "arm-slim")
+    runs.to_csv(world / "runs.csv", index=False)
+    (world / "tables").mkdir(exist_ok=True)
+    contrasts(StudyResults("world", is_published=True)).to_csv(world / "tables/contrasts.csv", index=False)
+    head, rule, lora, thin, *_ = alone.splitlines()
+    below = exported("mine", "markdown").splitlines()
+    assert below[:4] == [head, rule, lora, thin] and "Arms with (world) are published" in below[-1]
+    assert below[4] == thin.replace("LoRA, thin", "LoRA, slim (world)") and not below[5]  # LoRA stands there already
+    assert exported("mine", "csv").count("\n") == 3 and "(world)" not in exported("world", "markdown")
+    # A reference that ran otherwise was judged otherwise.
+    runs["run_id"] += "-of-other-steps"
+    runs.to_csv(world / "runs.csv", index=False)
+    assert exported("mine", "markdown") == alone
+    shutil.rmtree(world)
+
+
+def test_what_is_compared_and_controlled_is_told_in_words(finished: StudyResults) -> None:
+    shown = readable_contrasts(contrasts(finished), finished.labels).set_index("arm")
+    assert list(shown.index) == ["LoRA", "LoRA, thin"] and set(shown["pairs"]) == {"n = 6"}
+    assert shown["what it says"]["LoRA, thin"] == "behind by more than 2.5 % of the task gain"
+    again = readable_controls(controls(finished), finished.labels).iloc[0]
+    assert again["control"] == "LoRA, another initialisation seed (A/A)"
+    assert again["ahead of the arm by (nats/token)"].startswith(
+        f"{(sum(AGAIN) - sum(GAINS['lora'])) / 6:+.4f} [".replace("-", "−")
+    )
 
 
 def test_the_section_of_the_report_has_its_tables_and_figures(at_three_rates: StudyResults) -> None:

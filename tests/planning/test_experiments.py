@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from peftscope.layout import LEADERBOARD, MEMORY_FOLDER, PUBLISHED_RESULTS, RUNS
+from peftscope.layout import MEMORY_FOLDER, PUBLISHED_RESULTS, RUNS
 from peftscope.methods import METHODS
 from peftscope.planning.checks import check_runs
 from peftscope.planning.experiment import NOT_EXPERIMENTS, RESERVED_NAMES, experiment_names
@@ -33,7 +33,7 @@ def test_every_yaml_file_is_covered() -> None:
 def test_no_experiment_can_have_the_folder_of_other_results() -> None:
     folders = {path.name for path in (REPOSITORY / "results" / "published").iterdir() if path.is_dir()}
     assert folders <= {*experiment_names(), *RESERVED_NAMES}
-    assert {LEADERBOARD, MEMORY_FOLDER.name, RUNS.name} <= {*RESERVED_NAMES}
+    assert {MEMORY_FOLDER.name, RUNS.name} <= {*RESERVED_NAMES}
 
 
 @pytest.mark.parametrize("name", sorted({p.stem for p in FILES if p.parent.name == "experiments"} - {*NOT_EXPERIMENTS}))

@@ -18,7 +18,7 @@ from ledger_parts import claims, published_findings
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import published_paths
-from peftscope.report.contrasts import answer, contrasts, readable_difference, told
+from peftscope.report.contrasts import answer, contrasts, told
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import MOST_SURPRISES, show_claims, show_study
 from peftscope.report.page import ANSWERS
@@ -187,15 +187,6 @@ def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(name: str, r
         lines = (repository / "reports/published/findings.md").read_text().splitlines()
         shown = [line for line in lines if f"{name}/report.html)" in line]
         assert all(said in line for line in shown if line.startswith("**"))
-    leaderboard = (repository / "reports/published/leaderboard.md").read_text().splitlines()
-    rows_of_study = [line for line in leaderboard if f"]({name}/report.html)" in line]
-    for row in table.to_dict("records"):
-        if row["against"] != study.reference:
-            continue
-        numbers = [number for number in readable_difference(row, "").values() if number != "-"]
-        (line,) = [line for line in rows_of_study if all(f"| {number} |" in line for number in numbers)]
-        words = told(row)
-        assert re.search(rf"[|;] {re.escape(words)} (\||\([^)]*\b{name}\b[^)]*\))", line), line
     for finding in published_findings():
         for part in finding["parts"]:
             asked = part["with"]

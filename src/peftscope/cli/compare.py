@@ -133,18 +133,3 @@ def _print_rankings(
     for row in rows:
         summary.add_row(*row.values())
     console.print("", summary, sep="\n")
-
-
-@app.command(rich_help_panel=TRUE)
-@needs("report")
-def leaderboard() -> None:
-    """Write a table for each world with what studies say of their finished arms: reports/leaderboard.html."""
-    from peftscope.report.leaderboard import read_sections, subject_of, write_leaderboard
-
-    sections, left_out = read_sections()
-    console = wide_console()
-    for section in sections:
-        console.print(f"{subject_of(section)}: {len(section)} rows.", soft_wrap=True, markup=False)
-    for name, reason in left_out.items():
-        console.print(f"Left out: {name}: {reason}.", soft_wrap=True, markup=False)
-    console.print(f"The page: {write_leaderboard(sections, left_out)}", soft_wrap=True, markup=False)

@@ -85,7 +85,7 @@ def check(experiment: ExperimentName) -> None:
 @app.command("publish", hidden=True)
 @needs("report")
 def publish_command(
-    name: Annotated[str, typer.Argument(help="An experiment, claims, leaderboard, or memory.")],
+    name: Annotated[str, typer.Argument(help="An experiment, claims, or memory.")],
 ) -> None:
     """Copy the small files of what has run to results/published and reports/published."""
     from peftscope.report.publish import publish
@@ -123,7 +123,7 @@ def table_command(
     markdown: Annotated[bool, typer.Option("--markdown", help="For a page; the default.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="For a program: all digits, no caption.")] = False,
 ) -> None:
-    """Print a study's comparisons as a table, with intervals and a sentence for the caption."""
+    """Print a study's comparisons as a table, with a caption; below your own study, the published arms of its world."""
     from peftscope.report.export import exported
 
     forms = [name for name, asked in (("latex", latex), ("markdown", markdown), ("csv", csv)) if asked]

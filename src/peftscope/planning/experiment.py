@@ -17,7 +17,7 @@ from peftscope.spec import MEASURING
 
 RESERVED_NAMES = (
     *("published", "runs", "single", "memory", "processors"),
-    *("leaderboard", "peft-comparison", "scorecard", "speed"),
+    *("peft-comparison", "scorecard", "speed"),
 )
 """The names of other results, whose folders an experiment would mix with its own, or replace when it is published."""
 NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims", "claims-history", "findings", "advice")

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+import pandas as pd
+
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
+from peftscope.errors import InputError
+from peftscope.layout import published
+from peftscope.planning.experiment import WORLDS
 from peftscope.report.contrasts import EXPLAINED, at_one_rate, contrasts, readable_contrasts, told_left_out
 from peftscope.report.spoken import spoken_worlds
 from peftscope.report.tables import markdown
@@ -23,6 +30,17 @@ def caption(study: StudyResults) -> str:
     )
 
 
+def _world_of(study: StudyResults) -> StudyResults | None:
+    """Returns the published study of a world with which an unpublished study shares runs of its reference, or None."""
+    own = set() if published(study.name).is_dir() else set(study.rate_runs(study.reference)["run_id"])
+    for name in WORLDS.values() if own else ():
+        with suppress(InputError):  # this one is not published
+            world = StudyResults(name, is_published=True)
+            if own & set(world.rate_runs(world.reference)["run_id"]):
+                return world
+    return None
+
+
 def exported(name: str, form: str) -> str:
     """Returns a study's comparisons in one of the forms ``latex``, ``markdown`` and ``csv``.
 
@@ -39,6 +57,12 @@ def exported(name: str, form: str) -> str:
     if form == "csv":
         return table.to_csv(index=False)
     readable = readable_contrasts(table, study.labels)
+    if world := _world_of(study):
+        rows = pd.read_csv(world.folder / "tables" / "contrasts.csv").query("against == @world.reference")
+        rows = rows[~rows["arm"].isin(study.arms)]
+        others = readable_contrasts(rows, world.labels)
+        readable = pd.concat([readable, others.assign(arm=others["arm"] + f" ({world.name})")]).fillna("-")
+        said += f" Arms with ({world.name}) are published; their order is no result."
     numbers = readable.columns.drop("what it says", errors="ignore")[:5]
     frame = readable[[*numbers, *readable.columns.intersection(["what it says"])]]
     if form == "markdown":

@@ -20,7 +20,6 @@ from peftscope.layout import (
     CLAIMS_PAGE,
     CLAIMS_RESULTS,
     FINDINGS_PAGE,
-    LEADERBOARD,
     MEMORY_FOLDER,
     PUBLISHED_REPORTS,
     PUBLISHED_RESULTS,
@@ -39,7 +38,6 @@ from peftscope.planning.sweep import expand
 from peftscope.record import RESTORED, measured_path, parse_record, state_folder
 from peftscope.report.findings import read_content, write_findings
 from peftscope.report.front import show_claims, show_study
-from peftscope.report.leaderboard import read_sections, write_leaderboard
 from peftscope.report.page import write_all
 from peftscope.report.worlds import show_worlds
 
@@ -48,16 +46,13 @@ MEMORY_FILES = ("grid.svg", "bars.svg")
 
 
 def publish(name: str) -> list[Path]:
-    """Publishes an experiment, or one of the results that belong to none: ``claims``, ``memory``, ``leaderboard``.
+    """Publishes an experiment, or one of the results that belong to none: ``claims`` and ``memory``.
 
     Raises:
         InputError: There is nothing to publish yet, or a file is too large to commit.
     """
     if name == "claims":
         return publish_claims()
-    if name == LEADERBOARD:
-        page = write_leaderboard(*read_sections(PUBLISHED_REPORTS), PUBLISHED_REPORTS)
-        return [page, page.with_suffix(".md")]
     return publish_memory() if name == MEMORY_FOLDER.name else publish_experiment(name)
 
 
