@@ -7,18 +7,17 @@ Writes the tables of ``docs/peft-comparison.md``, their figures and a number of 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import special
+from scipy.spatial.distance import squareform
 
 from benchmarks.page import write_blocks
 from peftscope.analysis.compare import Difference
-from peftscope.analysis.ranking import STATED_SPREADS, Ranking, rank, trust
-from peftscope.analysis.scored import FRACTION, by_system
-from peftscope.analysis.scores import read_scores
-from peftscope.analysis.stats import CONFIDENCE
-from peftscope.report.comparison import draw_ranking, summarise_ranking
+from peftscope.analysis.stats import CONFIDENCE, holm
 from peftscope.report.front import README, with_numbers
 from peftscope.report.plots import new_figure
 from peftscope.report.tables import markdown
@@ -28,6 +27,8 @@ PAGE = Path("docs/peft-comparison.md")
 FIGURE = Path("results/published/peft-comparison/ranking.png")
 TEST_ITEMS, VALIDATION_ITEMS = 1319, 50
 """The items behind a test accuracy, those of GSM8K's test split, and behind a validation accuracy."""
+STATED_SPREADS = (0.0, 0.005, 0.01, 0.02)
+"""The standard deviations of single runs between seeds that are shown, because one seed cannot say its own."""
 BASELINE = "FULL"
 """Full fine-tuning, which gets no stars in PEFT's shop."""
 DRAWS = 10_000
@@ -42,11 +43,104 @@ SHOWN_SPREAD = 0.01
 """The spread between seeds for which every place is shown."""
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Some systems with one score each, the best one first.
+
+    Attributes:
+        systems: Their names.
+        scores: Their scores.
+        errors: The standard error of each score.
+        p: The p of each pair of systems, k × k.
+        holm_p: The same after Holm's correction for the number of pairs.
+    """
+
+    systems: list[str]
+    scores: np.ndarray
+    errors: np.ndarray
+    p: np.ndarray
+    holm_p: np.ndarray
+
+    @property
+    def pairs(self) -> int:
+        """The number of pairs of systems."""
+        return math.comb(len(self.systems), 2)
+
+    def undecided(self, *, corrected: bool) -> int:
+        """Returns how many pairs cannot be told from chance, alone or after correction for all pairs."""
+        p = (self.holm_p if corrected else self.p)[np.triu_indices(len(self.systems), 1)]
+        return int((p >= 1 - CONFIDENCE).sum())
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """The best and the worst place that each system can have: no place is taken by one that is told apart."""
+        k, is_apart = len(self.systems), self.holm_p < 1 - CONFIDENCE
+        return [(1 + int(is_apart[i, :i].sum()), k - int(is_apart[i, i + 1 :].sum())) for i in range(k)]
+
+    @property
+    def first_group(self) -> int:
+        """The last of the first places of which no two can be told apart."""
+        is_apart = self.holm_p < 1 - CONFIDENCE
+        return next((n for n in range(1, len(is_apart)) if is_apart[:n, n].any()), len(is_apart))
+
+
+def rank(scores: pd.Series, spread: float, items: int | None = None) -> Ranking:
+    """Returns systems in the order of their scores, which are fractions by the system's name.
+
+    Args:
+        spread: The standard deviation of single runs between seeds.
+        items: The number of items behind a score, if their draw counts: it adds a binomial error.
+    """
+    ordered = scores.sort_values(ascending=False, kind="stable")
+    values = ordered.to_numpy()
+    errors = np.sqrt(spread**2 + (values * (1 - values) / items if items else np.zeros(len(values))))
+    first, second = np.triu_indices(len(values), 1)
+    gaps = np.abs(values[first] - values[second]) / np.maximum(np.hypot(errors[first], errors[second]), 1e-300)
+    p = list(2 * special.ndtr(-gaps))
+    alone, corrected = (squareform(each) + np.eye(len(values)) for each in (p, holm(p)))
+    return Ranking(list(ordered.index), values, errors, alone, corrected)
+
+
+def trust(ranking: Ranking, draws: int = 4000) -> tuple[float, float, float]:
+    """Returns the chances that the first is the best, that a pair is in the right order, and that all are.
+
+    The true scores are drawn from what is known of them: a normal prior with the spread of the systems, and the scores
+    that were seen.
+    """
+    random = np.random.default_rng(0)
+    scores, errors = ranking.scores, ranking.errors
+    noise = float((errors**2).mean())
+    # The floor keeps the order of equal systems random.
+    prior = max(float(scores.var(ddof=1)) - noise, 1e-9 * noise)
+    weight = prior / (prior + errors**2) if noise else np.ones(len(scores))
+    centre, reach = scores.mean() + weight * (scores - scores.mean()), np.sqrt(weight) * errors
+    truth = centre[:, None] + reach[:, None] * random.normal(size=(len(scores), draws))
+    right = np.zeros(draws)
+    for i in range(1, len(scores)):
+        right += ((truth[:i] > truth[i]) == (scores[:i] > scores[i])[:, None]).sum(axis=0)
+    winner = truth.argmax(axis=0) == scores.argmax()
+    return float(winner.mean()), float((right / ranking.pairs).mean()), float((right == ranking.pairs).mean())
+
+
+def summarise_ranking(ranking: Ranking) -> dict[str, str]:
+    """Returns what a ranking says, by column."""
+    alone, corrected = (ranking.undecided(corrected=each) for each in (False, True))
+    winner, pairs, order = trust(ranking)
+    return {
+        "could be chance, one by one": f"{alone:,} of {ranking.pairs:,} ({alone / ranking.pairs:.0%})",
+        "after Holm": f"{corrected:,} ({corrected / ranking.pairs:.0%})",
+        "first group": f"1 to {ranking.first_group}",
+        "right winner": f"{winner:.0%}",
+        "pairs in order": f"{pairs:.1%}",
+        "whole order right": f"{order:.1%}",
+    }
+
+
 def rankings(scores: Path = SCORES) -> dict[tuple[float, int | None], Ranking]:
     """Returns the ranking under each spread of seeds, on the same items (None) and on as many others of their kind."""
-    systems = by_system(read_scores(str(scores), "test_accuracy"))
+    accuracies = pd.read_csv(scores, index_col="name")["test_accuracy"]
     return {
-        (spread, items): rank(systems, spread, items)
+        (spread, items): rank(accuracies, spread, items)
         for items in (None, TEST_ITEMS)
         for spread in STATED_SPREADS
         if spread or items
@@ -75,7 +169,7 @@ def render(scores: Path = SCORES) -> str:
     seeds = Difference(0.02, math.sqrt(2) * SHOWN_SPREAD, 0.0, 2, math.nan).pairs_to_reach(0.02)
     rows = [
         {"items": "others too" if items else "these", "spread of seeds (pp)": f"{100 * spread:g}"}
-        | summarise_ranking(ranking, trust(ranking))
+        | summarise_ranking(ranking)
         for (spread, items), ranking in found.items()
     ]
     alone, corrected = ([_share(one, corrected=each) for one in (same, main)] for each in (False, True))
@@ -86,7 +180,7 @@ def render(scores: Path = SCORES) -> str:
         f"could be chance on these very items, and {alone[1]} on other items of their kind**. After correction for "
         f"their number it is {corrected[0]} and {corrected[1]}. Among the first {TOP} runs, {top[0]} and {top[1]} "
         f"of the orderings could be chance one by one. On other items, {beside} of {len(main.systems) - 1} neighbours "
-        f"cannot be told apart, nor can the first {main.groups[0][1]} places.",
+        f"cannot be told apart, nor can the first {main.first_group} places.",
         "",
         markdown(pd.DataFrame(rows)).rstrip(),
     ]
@@ -158,6 +252,16 @@ def render_stars(scores: Path = SCORES) -> str:
     return "\n".join(lines)
 
 
+def draw_ranking(ranking: Ranking) -> None:
+    """Draws the score of each system with its interval, the best one at the top."""
+    k = len(ranking.systems)
+    with new_figure(FIGURE, 7.5, 1.2 + 0.2 * k) as axes:
+        reach = 100 * 1.96 * ranking.errors
+        axes.errorbar(100 * ranking.scores, range(k), xerr=reach, fmt="o", ms=4, capsize=2, color="C0")
+        axes.set_yticks(range(k), ranking.systems, fontsize=7)
+        axes.set(ylim=(k - 0.5, -0.5), xlabel="score (%)")
+
+
 def draw_stars() -> None:
     """Draws how often each method would have each number of stars, with its published ones."""
     found = stars_by_chance(SHOWN_SPREAD)
@@ -184,7 +288,7 @@ def main() -> None:
     """Writes the page, its figures, and the number in the README."""
     write_blocks({"tables": render(), "stars": render_stars()}, PAGE)
     README.write_text(with_numbers(README.read_text(), number_of_readme()))
-    draw_ranking(rankings()[SHOWN_SPREAD, TEST_ITEMS], FRACTION, FIGURE)
+    draw_ranking(rankings()[SHOWN_SPREAD, TEST_ITEMS])
     draw_stars()
     print(PAGE)
 

@@ -1,4 +1,4 @@
-"""Two results, or many: what is read of them, what their difference is worth, and what cannot be compared."""
+"""Two results: what is read of them, what their difference is worth, and what cannot be compared."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import pytest
 from scipy import stats
 
 from peftscope.analysis.paired import Pairing, check_side, pair
-from peftscope.analysis.ranking import rank, trust
-from peftscope.analysis.scored import by_system
 from peftscope.analysis.scores import read_scores
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
@@ -165,8 +163,7 @@ class TestSources:
                 write_peft(tmp_path, name, score, seed, rank=int(name[4:]))
         runs = read_scores(str(tmp_path))
         assert {run.metric for run in runs} == {"test accuracy"}
-        systems = by_system(runs)
-        assert list(systems) == ["lora/rank32", "lora/rank8"]
+        systems = {name: [run for run in runs if run.system == name] for name in ("lora/rank32", "lora/rank8")}
         pairing = pair(systems["lora/rank32"], systems["lora/rank8"])
         assert (pairing.seeds, pairing.items, pairing.mean) == (3, 1, pytest.approx(0.31 / 3))
         assert read_scores(str(tmp_path), "forgetting")[0].score == 0.03
@@ -212,8 +209,7 @@ class TestSources:
 
     def test_a_system_may_have_any_name(self, tmp_path: Path) -> None:
         (tmp_path / "x.csv").write_text("name,seed,score\nNone,0,1\nNone,1,2\nNA,0,3\n007,0,4\n")
-        systems = by_system(read_scores(str(tmp_path / "x.csv")))
-        assert {name: len(runs) for name, runs in systems.items()} == {"None": 2, "NA": 1, "007": 1}
+        assert [run.system for run in read_scores(str(tmp_path / "x.csv"))] == ["None", "None", "NA", "007"]
 
     def test_an_empty_source_is_not_this_folder(self, in_tmp: None) -> None:
         csv("x", seed=[0], score=[1])
@@ -271,45 +267,3 @@ class TestRefusals:
             pair(csv("a", seed=[7], score=[1]), csv("b", seed=[0, 1, 2], score=[1, 2, 4]))
         with pytest.raises(InputError, match="seed 1 appears twice"):
             pair(csv("c", seed=[1], score=[1]) * 2, csv("d", seed=[1], score=[1]))
-
-
-@pytest.mark.usefixtures("in_tmp")
-class TestRanking:
-    def systems(self, spread: float, seeds: int, levels: list[float]) -> dict[str, Any]:
-        random, names = RANDOM(2), np.repeat([f"s{number}" for number in range(len(levels))], seeds)
-        scores = [level + random.normal(0, spread) for level in levels for _ in range(seeds)]
-        return by_system(csv("all", name=names, seed=[*range(seeds)] * len(levels), score=scores))
-
-    def test_groups_and_places(self) -> None:
-        found = rank(self.systems(0.01, 8, [5.0, 5.001, 7.0, 9.0, 9.001]))
-        assert found.groups == [(1, 2), (3, 3), (4, 5)]
-        assert found.places == [(1, 2), (1, 2), (3, 3), (4, 5), (4, 5)]
-        assert found.undecided(corrected=False) == found.undecided(corrected=True) == 2
-
-    def test_a_ranking_of_equals_is_a_coin_and_one_of_giants_is_sure(self) -> None:
-        equal, apart = (trust(rank(self.systems(1.0, 20, levels))) for levels in ([0.0] * 5, [0, 99, 199, 299, 399]))
-        assert 0.4 < equal.pairs < 0.65 and equal.order < 0.1
-        assert (apart.winner, apart.pairs, apart.order) == (1, 1, 1)
-
-    def test_the_chance_is_the_one_at_which_a_new_ranking_by_single_seeds_is_right(self) -> None:
-        """Two systems that are a known distance apart, with a spread known from many seeds."""
-        found = trust(rank(self.systems(1.0, 150, [0.0, 1.0])), draws=20_000)
-        assert found.winner == pytest.approx(stats.norm.cdf(1 / math.sqrt(2)), abs=0.06)
-
-    def test_one_score_each_needs_a_spread(self) -> None:
-        systems = self.systems(0.0, 1, [0.50, 0.52])
-        with pytest.raises(InputError, match="one score each"):
-            rank(systems)
-        assert rank(systems, 0.001).undecided(corrected=False) == 0
-        assert rank(systems, 0.02).undecided(corrected=False) == 1
-        assert rank(systems, 0.001, items=500).undecided(corrected=False) == 1
-
-    def test_what_is_hard_for_all_does_not_blur_the_ranking(self) -> None:
-        """Items differ by far more than systems do, and alike for all."""
-        hard = RANDOM(0).normal(0, 5, 200)
-        scores = {f"s{k}": hard + k + RANDOM(k).normal(0, 1, 200) for k in range(3)}
-        columns = {"item": [*range(200)] * 3, "loss": np.concatenate([*scores.values()])}
-        found = rank(by_system(csv("all", name=np.repeat([*scores], 200), **columns)))
-        assert found.systems == ["s0", "s1", "s2"]  # the lowest loss first
-        assert found.undecided(corrected=True) == 0
-        assert found.errors == pytest.approx(np.full(3, 1 / math.sqrt(200)), rel=0.2)

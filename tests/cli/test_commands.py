@@ -23,7 +23,7 @@ DOCUMENTS = ["README.md", "experiments/README.md", *sorted(f"docs/{p.name}" for 
 TREATMENTS = {
     # A file that is there, and what is published: whole, in the repository.
     r"peftscope memory --config examples/.*": "here",
-    r"peftscope compare (benchmarks/|variants:dora variants:lora|variants --all$).*": "here",
+    r"peftscope compare variants:dora variants:lora.*": "here",
     # A trainer's file, or a data set, of the reader's own.
     r"peftscope memory (\S+ )?--(config|data) .*": "help",
     # A data set of the reader's own.

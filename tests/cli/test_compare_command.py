@@ -1,4 +1,4 @@
-"""``peftscope compare`` in words: pairs whose truth is known, refusals, and the page on PEFT's published runs."""
+"""``peftscope compare`` in words: pairs whose truth is known, refusals; and the page on PEFT's published runs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from benchmarks.peft_comparison import PAGE, SCORES, number_of_readme, render, render_stars, stars, stars_by_chance
+from benchmarks.peft_comparison import (
+    PAGE,
+    SCORES,
+    number_of_readme,
+    rank,
+    render,
+    render_stars,
+    stars,
+    stars_by_chance,
+    trust,
+)
 from peftscope.report.front import README, with_numbers
 
 Command = Any
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
-LEVELS = {"one": 1.0, "other": 1.0, "far": 2.0}
 
 
 def write(name: str, level: float, seeds: int = 8, items: int = 60, first: int = 0, spread: float = 0.02) -> str:
@@ -47,16 +57,6 @@ class TestKnownTruth:
         assert low < -0.5 < high < -0.1 and (found["runs_each"], found["items"], found["is_paired"]) == (8, 60, True)
         _, text, _ = peftscope("compare", write("a", 0.5), write("b", 1.0), "--json")
         assert json.loads(text)["margin"] is None and json.loads(text)["outcome"] is None
-
-    def test_a_ranking_for_programs(self, peftscope: Command) -> None:
-        table = pd.concat(pd.read_csv(write(name, level)).assign(name=name) for name, level in LEVELS.items())
-        table.to_csv("all.csv", index=False)
-        _, text, _ = peftscope("compare", "all.csv", "--all", "--json")
-        (found,) = json.loads(text)
-        assert found["seed_spread"] is None and found["pairs"] == 3
-        assert found["groups"] in ([[1, 1], [2, 3]], [[1, 2], [3, 3]])
-        assert sorted(row["system"] for row in found["systems"]) == ["far", "one", "other"]
-        assert 0 < found["chances_of_single_runs"]["winner"] <= 1
 
     def test_one_seed(self, peftscope: Command) -> None:
         _, text, _ = peftscope("compare", write("a", 1.5, seeds=1), write("b", 1.0, seeds=1))
@@ -109,17 +109,11 @@ class TestMargins:
     @pytest.mark.parametrize(
         ("more", "said"),
         [
-            ((), "B: is missing"),
-            (("b.csv", "--figure", "d.png"), "--figure: goes with --all only"),
+            ((), "Missing argument"),
             (("b.csv", "--base", "a.csv", "--margin", "1"), "goes with a margin in %gain only"),
-            (("b.csv", "--all"), "does not go with --all"),
-            (("--all", "--margin", "1"), "does not go with --all"),
-            (("b.csv", "--items", "5"), "goes with --all only"),
             (("a.csv",), "B: is A itself (got 'a.csv')"),
             (("b.csv", "--metric", "skore"), "did you mean `score`?"),
             (("twin.csv",), "all pairs differ by 0, so that there is no spread to judge by"),
-            (("--all",), "fewer than two systems"),
-            (("--all", "--seed-spread", "1%gain"), "does not fit these scores"),
             (("other.csv",), "other items: 60 and 60, 10 of them in only one"),
             (("odd.csv",), "not a number in row 1 (got 'abc')"),
             (("once.csv,once.csv",), "stands twice on one side -> name each run once"),
@@ -141,23 +135,30 @@ class TestMargins:
         assert code == 2 and said in error
 
 
-def test_a_ranking_with_its_spread(peftscope: Command) -> None:
-    for name, level in (("best", 3.0), ("good", 2.0), ("alike", 2.0)):
-        write(name, level)
-    code, text, _ = peftscope("compare", ".", "--all", "--figure", "r.png")
-    assert code == 0 and Path("r.png").is_file()
-    assert "Groups in which no two can be told apart: 1, 2 to 3." in text
-    assert "as it was seen" in text and "1 of 3 (33%)" in text and "does not show how far seeds spread" not in text
+def scored(*scores: float) -> pd.Series:
+    return pd.Series(scores, index=[f"s{number}" for number in range(len(scores))])
 
 
-def test_single_scores_are_ranked_under_a_stated_range(peftscope: Command) -> None:
-    rows = [(f"system {n}", 0.4 + 0.004 * n) for n in range(6)]
-    pd.DataFrame(rows, columns=["name", "accuracy"]).to_csv("all.csv", index=False)
-    _, text, _ = peftscope("compare", "all.csv", "--all", "--items", "1000")
-    assert [spread in text for spread in ("0.00 pp", "0.50 pp", "1.00 pp", "2.00 pp")] == [True] * 4
-    assert "1 to 6" in text and "the range above is no estimate" in text
-    _, text, _ = peftscope("compare", "all.csv", "--all", "--seed-spread", "0.01pp")
-    assert "0 of 15 (0%)" in text and "no estimate" not in text
+def test_systems_that_cannot_be_told_apart_share_places() -> None:
+    found = rank(scored(0.5001, 0.70, 0.90, 0.5, 0.9001), 0.003)
+    assert found.systems == ["s4", "s2", "s1", "s0", "s3"]
+    assert found.places == [(1, 2), (1, 2), (3, 3), (4, 5), (4, 5)] and found.first_group == 2
+    assert found.undecided(corrected=False) == found.undecided(corrected=True) == 2
+    # The draw of the items adds to the chance of seeds.
+    pair = scored(0.50, 0.52)
+    assert rank(pair, 0.001).undecided(corrected=False) == 0
+    assert rank(pair, 0.02).undecided(corrected=False) == rank(pair, 0.001, items=500).undecided(corrected=False) == 1
+
+
+def test_a_ranking_of_equals_is_a_coin_and_one_of_giants_is_sure() -> None:
+    equal, apart = trust(rank(scored(*[0.5] * 5), 0.1)), trust(rank(scored(0.1, 0.3, 0.5, 0.7, 0.9), 1e-4))
+    assert 0.4 < equal[1] < 0.6 and equal[2] < 0.1
+    assert apart == (1, 1, 1)
+    # Two systems as far apart as the seeds spread.
+    prior = 0.02**2 / 2 - 0.01**2
+    weight = prior / (prior + 0.01**2)
+    right = stats.norm.cdf(weight * 0.02 / (0.01 * np.sqrt(2 * weight)))
+    assert trust(rank(scored(0.50, 0.52), 0.01), 40_000)[0] == pytest.approx(right, abs=0.01)
 
 
 @pytest.mark.slow

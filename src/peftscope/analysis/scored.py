@@ -1,13 +1,11 @@
-"""What a run scored, item by item, and the runs of several systems. No torch."""
+"""What a run scored, item by item. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
-
-from peftscope.words import grouped
 
 FRACTION, NATS = "fraction", "nats per token"
 LOSS = "loss"
@@ -60,13 +58,3 @@ def unit_of(runs: Iterable[Scored]) -> str:
     """Returns the unit that all runs have; empty if there is none."""
     units = {run.unit for run in runs}
     return units.pop() if len(units) == 1 else ""
-
-
-def by_system(runs: Sequence[Scored]) -> dict[str, list[Scored]]:
-    """Returns runs by their system. Of systems with one name and other settings, all but the first get a number."""
-    systems = grouped(((run.system, run.setting), run) for run in runs)
-    named: dict[str, list[Scored]] = {}
-    for (name, _), found in systems.items():
-        alike = sum(other == name for other, _ in list(systems)[: len(named)])
-        named[f"{name} ({alike + 1})" if alike else name] = found
-    return named

@@ -1,29 +1,23 @@
-"""The margins, sentences and figures of ``peftscope compare``. No torch."""
+"""The margins and sentences of ``peftscope compare``. No torch."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from peftscope.analysis.compare import Outcome
 from peftscope.analysis.paired import FEW, Pairing, check_items, check_side
-from peftscope.analysis.ranking import Ranking, Trust
 from peftscope.analysis.scored import FRACTION, NATS, Scored, unit_of
 from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem, shown
-from peftscope.report.plots import new_figure
 from peftscope.report.sentences import spoken_outcome, spoken_side
 from peftscope.words import counted, interval, signed
-
-MOST_LABELS = 80
-"""The most systems that the figure of a ranking names."""
 
 
 @dataclass(frozen=True)
@@ -175,23 +169,6 @@ def comparison_json(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, 
     }
 
 
-def ranking_json(ranking: Ranking, spread: float | None, unit: str, chances: Trust | None) -> dict[str, Any]:
-    """Returns what a ranking says, for programs: the best system first, groups by the places that they hold."""
-    columns = ("system", "score", "standard_error", "places")
-    errors = ranking.errors.tolist()
-    rows = zip(ranking.systems, ranking.scores.tolist(), errors, map(list, ranking.places), strict=True)
-    return {
-        "unit": unit,
-        "seed_spread": spread,
-        "systems": [dict(zip(columns, row, strict=True)) for row in rows],
-        "groups": [list(group) for group in ranking.groups],
-        "pairs": ranking.pairs,
-        "pairs_that_could_be_chance": ranking.undecided(corrected=False),
-        "pairs_that_could_be_chance_after_holm": ranking.undecided(corrected=True),
-        "chances_of_single_runs": asdict(chances) if chances else None,
-    }
-
-
 def _runs(side: Sequence[Scored]) -> str:
     runs = counted(len(side), "run")
     return f"{runs} × {len(side[0].items):,} items" if side[0].has_items else runs
@@ -238,36 +215,3 @@ def _sources(pairing: Pairing, unit: str, *, differs: bool) -> Iterator[str]:
     parts += [f"items {spoken(of_items, unit)}"] if pairing.items > 1 else []
     parts += [f"the choice of learning rates {spoken(pairing.tuning_error, unit)}"] if pairing.tuning_error else []
     yield f"Standard error from each source: {', '.join(parts)}."
-
-
-def summarise_ranking(ranking: Ranking, chances: Trust | None) -> dict[str, str]:
-    """Returns what a ranking says, by column; no chances if the spread between seeds is not known."""
-    alone, corrected = (ranking.undecided(corrected=each) for each in (False, True))
-    columns = {
-        "could be chance, one by one": f"{alone:,} of {ranking.pairs:,} ({alone / ranking.pairs:.0%})",
-        "after Holm": f"{corrected:,} ({corrected / ranking.pairs:.0%})",
-        "first group": f"1 to {ranking.groups[0][1]}",
-    }
-    if chances:
-        columns |= {
-            "right winner": f"{chances.winner:.0%}",
-            "pairs in order": f"{chances.pairs:.1%}",
-            "whole order right": f"{chances.order:.1%}",
-        }
-    return columns
-
-
-def spoken_groups(ranking: Ranking) -> str:
-    """Returns the groups in which no two systems can be told apart, by their places."""
-    return ", ".join(f"{first} to {last}" if last > first else str(first) for first, last in ranking.groups)
-
-
-def draw_ranking(ranking: Ranking, unit: str, path: Path) -> None:
-    """Draws the score of each system with its interval, the best one at the top."""
-    k, scale = len(ranking.systems), _scale(unit)
-    with new_figure(path, 7.5, 1.2 + 0.2 * min(k, MOST_LABELS)) as axes:
-        reach = scale * 1.96 * ranking.errors
-        axes.errorbar(scale * ranking.scores, range(k), xerr=reach, fmt="o", ms=4, capsize=2, color="C0")
-        if k <= MOST_LABELS:
-            axes.set_yticks(range(k), ranking.systems, fontsize=7)
-        axes.set(ylim=(k - 0.5, -0.5), xlabel="score (%)" if unit == FRACTION else f"score ({unit or 'its own unit'})")
