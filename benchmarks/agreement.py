@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from peftscope.errors import InputError
-from peftscope.execution.libraries import without_hub_kernels
+from peftscope.files.hub import without_hub_kernels
 from peftscope.memory.answer import AGREEMENT_FILE, answer_by_formula
 from peftscope.memory.base import Model
 from peftscope.memory.beside import JOBS

@@ -23,7 +23,7 @@ from benchmarks.estimators import ESTIMATORS, answers_of
 from benchmarks.outcomes import publish as publish_outcomes
 from benchmarks.page import write_blocks
 from benchmarks.points import POINTS_FILE, RULE, Point, by_formula, by_simulation, question_of, why_out
-from peftscope.execution.libraries import without_hub_kernels
+from peftscope.files.hub import without_hub_kernels
 from peftscope.hardware.cards import find_gpu
 from peftscope.memory.answer import MEASURED_FILE
 from peftscope.report.plots import new_figure

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftscope.errors import InputError, Problem, close_match, needs, raise_any, shown
-from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
+from peftscope.execution.libraries import offline, quiet_libraries
+from peftscope.files.hub import without_hub_kernels
 from peftscope.record import RunRecord
 from peftscope.spec import RunSpec
 

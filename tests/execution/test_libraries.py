@@ -15,7 +15,8 @@ from conftest import python
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
+from peftscope.execution.libraries import offline, quiet_libraries
+from peftscope.files.hub import without_hub_kernels
 
 
 def talk() -> None:

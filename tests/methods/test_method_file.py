@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from conftest import in_one_process, is_shown, python
+from conftest import Command, in_one_process, is_shown, python
 
 from peftscope.cli.new_study import study_text, tried
 from peftscope.errors import InputError
@@ -109,14 +109,41 @@ def test_the_content_of_the_file_is_part_of_the_id(file: Path, make_spec) -> Non
 
 
 def test_a_file_with_a_tuners_options(repository: Path, tmp_path: Path) -> None:
-    path = tmp_path / "hra-orthogonal.py"
+    path = tmp_path / "hra-wide.py"
     path.write_text(blocks(repository, "python")[1])
     cls, wrong = load_file(path)
     assert cls is not None, wrong
-    assert cls().options["apply_GS"] is True and cls().options["init_weights"] is True  # PEFT's default
-    assert cls().full_label() == "HRA, orthogonal"
-    assert cls(options={"r": 4, "apply_GS": True}).full_label() == "HRA, orthogonal (r 4)"
-    assert cls().canonical()["name"] == "hra-orthogonal"
+    assert cls().options["r"] == 32 and cls().options["init_weights"] is True  # PEFT's default
+    assert cls().full_label() == "HRA, 32 reflections"
+    assert cls(options={"r": 4}).full_label() == "HRA, 32 reflections (r 4)"
+    assert cls().canonical()["name"] == "hra-wide"
+
+
+def test_the_file_with_a_tuners_options_becomes_a_study(
+    own: Callable[[str, str], Path], repository: Path, peftscope: Command
+) -> None:
+    _, file = blocks(repository, "python")  # the slow test above runs the first, and every command
+    Path("hra_wide.py").write_text(file)
+    code, _, said = peftscope("new-study", "hra_wide.py", "--model", "toy", "--steps", "4", "--seeds", "2")
+    assert (code, said) == (0, "")
+    assert Path("experiments/hra-wide-study-toy-4-steps-2-seeds.yaml").is_file()
+
+
+IMPORTS_PEFT = """
+from bitsandbytes.cextension import lib
+lib.has_avx512bf16_cpu = lambda: True  # as on a processor on which bitsandbytes asks for the kernels of a hub
+import peft
+from peftscope.methods.peft_tuner import PeftTuner
+class Mine(PeftTuner):
+    label = "Mine"
+"""
+
+
+def test_a_file_that_imports_peft_makes_no_command_talk(in_tmp: None) -> None:
+    Path("experiments/methods").mkdir(parents=True)
+    Path("experiments/methods/mine.py").write_text(IMPORTS_PEFT)
+    done = python("-m", "peftscope", "memory", "toy", "--method", "mine")
+    assert (done.returncode, done.stderr) == (0, "") and "mine has no closed form" in done.stdout
 
 
 WRONG = {

@@ -20,7 +20,8 @@ from peftscope import __version__
 from peftscope.cli import advise, claims, compare, memory, new_study, rules, verify, why
 from peftscope.cli.console import EXPERIMENT, wide_console
 from peftscope.errors import InputError, Problem, needs, printable
-from peftscope.execution.libraries import offline, quiet_libraries, without_hub_kernels
+from peftscope.execution.libraries import offline, quiet_libraries
+from peftscope.files.hub import without_hub_kernels
 from peftscope.layout import how_to_run, record_path, run_folder
 
 app = typer.Typer(

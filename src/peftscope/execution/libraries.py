@@ -1,4 +1,4 @@
-"""Contexts that keep other libraries quiet, and keep them from loading code or files from a hub. No torch.
+"""Contexts that keep other libraries quiet, and keep them from loading files from a hub. No torch.
 
 Each context restores the process when it ends, so that a notebook can use peftscope beside anything else.
 """
@@ -15,23 +15,6 @@ from typing import Any
 
 OFFLINE = "HF_HUB_OFFLINE"
 """The environment variable that keeps Hugging Face's libraries from asking a hub. If the user sets it, it is kept."""
-
-
-@contextmanager
-def without_hub_kernels() -> Iterator[None]:
-    """Makes the import of the package ``kernels`` an error inside this context.
-
-    If that package is installed, transformers and bitsandbytes use it to load native code from a hub, which nobody
-    checked. A library that is first imported inside this context does without this code for the rest of the process. A
-    library that was imported before keeps what it loaded.
-    """
-    before = {"kernels": sys.modules["kernels"]} if "kernels" in sys.modules else {}
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["kernels"]
-        sys.modules.update(before)
 
 
 @contextmanager

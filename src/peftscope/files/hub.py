@@ -6,8 +6,10 @@ serves shared disks, and machines without a network.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,9 @@ REMEDY = (
 )
 
 Kind = Literal["model", "dataset"]
+
+KERNELS_LOGGER = logging.getLogger("bitsandbytes.backends.cpu.ops")
+"""It warns at its import, on processors with bf16 instructions, that the kernels of a hub are missing."""
 
 
 def mirrored(repository: str) -> Path | None:
@@ -120,3 +125,23 @@ def _asking(kind: Kind, repository: str) -> Iterator[None]:
     except Exception as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
         raise InputError(Problem(f"{kind} {repository}", f"cannot download it: {said}", REMEDY)) from error
+
+
+@contextmanager
+def without_hub_kernels() -> Iterator[None]:
+    """Makes the import of the package ``kernels`` an error inside this context, and hides bitsandbytes' warning of it.
+
+    If that package is installed, transformers and bitsandbytes use it to load native code from a hub, which nobody
+    checked. A library that is first imported inside this context does without this code for the rest of the process. A
+    library that was imported before keeps what it loaded.
+    """
+    before = {"kernels": sys.modules["kernels"]} if "kernels" in sys.modules else {}
+    level = KERNELS_LOGGER.level
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    KERNELS_LOGGER.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        KERNELS_LOGGER.setLevel(level)
+        del sys.modules["kernels"]
+        sys.modules.update(before)

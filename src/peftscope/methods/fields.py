@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,10 @@ class Method(BaseModel):
     """What the closed form of memory must know. None means that the method is simulated instead."""
     memory_assumptions: ClassVar[tuple[str, ...]] = ()
     """Assumptions behind answers about its memory, beyond those for all methods, one sentence each."""
+
+    def __hash__(self) -> int:
+        """Returns a hash of the canonical fields, because a field that is a dictionary or a list has none."""
+        return hash(json.dumps(self.canonical(), sort_keys=True))
 
     def canonical(self) -> dict[str, Any]:
         """Returns the name, and the fields that differ from their defaults. A run's id hashes only these."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from pydantic import create_model
 
 from peftscope.errors import InputError, Problem, shown
+from peftscope.files.hub import without_hub_kernels
 from peftscope.files.manifest import file_sha256
 from peftscope.methods.fields import Method, RunSpec
 
@@ -64,7 +65,8 @@ def load_file(path: Path) -> tuple[type[Method] | None, str]:
     module = module_from_spec(location)
     sys.modules[module_name] = module  # where pydantic and inspect look for it
     try:
-        location.loader.exec_module(module)
+        with without_hub_kernels():  # a file may import PEFT, and with it bitsandbytes
+            location.loader.exec_module(module)
         own = [
             value
             for value in vars(module).values()

@@ -101,10 +101,6 @@ class PeftTuner(Method):
             raise ValueError(f"{tuner} does not train on a 4-bit base: {reason}")
         return base_weights
 
-    def __hash__(self) -> int:
-        """Returns a hash of the canonical fields, because a dictionary of options has none."""
-        return hash(json.dumps(self.canonical(), sort_keys=True))
-
     def why_not_simulated(self) -> str:
         """Returns why the tuner cannot be simulated; empty if it can."""
         reason = limit_of(self.tuner, "simulate")

@@ -50,7 +50,8 @@ def try_method(file: Path, method: Method) -> RunSpec:
         message = f"{doing} on the toy model fails: {type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(Problem(line_in(file, error), message, "repair it; see docs/your-method.md")) from None
     if not all(map(math.isfinite, losses)):
-        raise InputError(Problem(str(file), f"the loss of two steps on the toy model is {losses}", "lower its rate"))
+        remedy = "lower its rate" if math.isfinite(losses[0]) else "look at its start: the first loss precedes any step"
+        raise InputError(Problem(str(file), f"the loss of two steps on the toy model is {losses}", remedy))
     return spec
 
 
