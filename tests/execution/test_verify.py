@@ -33,7 +33,7 @@ def published(own: Any, peftscope) -> RunRecord:
 def test_a_run_gives_its_published_numbers_again_and_others_fail(published: RunRecord, peftscope) -> None:
     (repeat,) = repeat_runs(choose_published(["mine"], None, 0))
     assert repeat.run == published.run_id and repeat.is_equal and not repeat.elsewhere
-    assert set(repeat.equal) == {"losses", "scores", "answers", "weights", "peaks", "batches"}
+    assert set(repeat.equal) == {"losses", "scores", "weights", "peaks"}
     with pytest.raises(InputError, match="minne: has no published runs -> did you mean `mine`"):
         choose_published(["minne"], None, 0)
     published.train_nll[1] *= 1 + 1e-6

@@ -1,12 +1,11 @@
-"""Scores of runs, read from what the suite, lm-eval and PEFT's method comparison write, or from a CSV. No torch."""
+"""Scores of runs, read from what the suite and lm-eval write, or from a CSV. No torch."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,20 @@ from peftscope.analysis.scored import FRACTION, LOSS, LOSSES, NATS, Scored
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem, close_match, shown
 from peftscope.files.content import parse_json, read_text
-from peftscope.layout import RUNS, how_to_run, published_paths, results_folder
+from peftscope.layout import how_to_run, published_paths, run_folder
 from peftscope.planning.published import ITEMS, RECORDS
 from peftscope.spec import RunSpec, start_without_seed
 
 LARGEST_LOG = 2_000_000_000
 """The largest file of scores that is read, in bytes."""
-NAMES = "give a run's id, a folder, a file, or STUDY:ARM"
+NAMES = "give a run's id, a file, or STUDY:ARM"
 
 
 def read_scores(source: str, metric: str | None = None) -> list[Scored]:
     """Returns the runs that a text names.
 
     Args:
-        source: Run ids, folders or files, joined by commas; names with ``*``; or ``STUDY:ARM``.
+        source: Run ids or files, joined by commas, or ``STUDY:ARM``.
         metric: The score to read, as the files name it; None for each format's main score.
 
     Raises:
@@ -41,63 +40,30 @@ def read_scores(source: str, metric: str | None = None) -> list[Scored]:
     parts = [source] if os.path.exists(source) else [part.strip() for part in source.split(",") if part.strip()]
     if not parts:
         raise InputError(Problem(shown(source), "names nothing", NAMES))
-    runs = [run for part in parts for run in _read(part, metric)]
-    if not runs:
-        raise InputError(Problem(source, "no run in it was scored", "give runs that have ended"))
-    return runs
+    return [run for part in parts for run in _read(part, metric)]
 
 
 def _read(source: str, metric: str | None) -> list[Scored]:
-    if os.path.exists(source):
-        path = Path(source)
-        return _read_folder(path, metric) if path.is_dir() else _read_file(path, metric)
     study, _, arm = source.partition(":")
-    if arm or _is_study(study):
+    if os.path.exists(source):
+        return _read_file(Path(source), metric)
+    if arm:
         return _read_study(study, arm, metric)
-    if paths := _matching(source):
-        return [run for path in paths for run in _read(str(path), metric)]
-    if runs := _own_runs(lambda run: fnmatchcase(run, source), metric):
+    if runs := _own_runs([source], metric):
         return list(runs.values())
-    raise InputError(Problem(source, "no run, folder or file of this name", NAMES))
+    raise InputError(Problem(source, "no run or file of this name", NAMES))
 
 
-def _matching(source: str) -> list[Path]:
-    """Returns the paths that a pattern with ``*`` names."""
-    anchor = Path(source).anchor
-    try:
-        return sorted(Path(anchor).glob(source.removeprefix(anchor))) if "*" in source else []
-    except (ValueError, OSError):  # no pattern for paths
-        return []
-
-
-def _read_folder(folder: Path, metric: str | None) -> list[Scored]:
-    if (folder / ITEMS).is_file():
-        return _published(folder, lambda _: True, metric)
-    if _is_study(folder.name) and folder.resolve() == results_folder(folder.name).resolve():
-        return _read_study(folder.name, "", metric)
-    for pattern in ("items.jsonl", "samples_*.jsonl", "*.json", "*.csv"):
-        paths = sorted(folder.rglob(pattern))
-        if pattern.startswith("samples") and len({path.parent for path in paths}) < len(paths):
-            raise InputError(Problem(str(folder), f"{len(paths)} logs, several in one folder", "name a file"))
-        if paths:
-            return [run for path in paths for run in _read_file(path, metric)]
-    raise InputError(Problem(str(folder), "no scores in it", f"scores are {FORMATS}"))
-
-
-FORMATS = "items.jsonl or items.parquet of a run, samples_*.jsonl of lm-eval, PEFT's result JSON, or a CSV"
+FORMATS = "items.jsonl of a run, samples_*.jsonl of lm-eval, or a CSV"
 
 
 def _read_file(path: Path, metric: str | None) -> list[Scored]:
-    if path.name in (ITEMS, RECORDS):
-        return _published(path.parent, lambda _: True, metric)
-    if path.suffix == ".jsonl":
+    if path.is_file() and path.suffix == ".jsonl":
         rows = list(_lines(path))
         if not rows:
             raise InputError(Problem(str(path), "is empty"))
         return [_own(path, rows, metric) if "nll" in rows[0] else _lm_eval(path, rows, metric)]
-    if path.suffix == ".json":
-        return [_peft(path, metric)]
-    if path.suffix == ".csv":
+    if path.is_file() and path.suffix == ".csv":
         return _csv(path, metric)
     raise InputError(Problem(str(path), "no format that is known", f"scores are {FORMATS}"))
 
@@ -114,50 +80,38 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 # --- the suite's own runs
 
 
-def _is_study(name: str) -> bool:
-    try:
-        return bool(StudyResults(name).arms)
-    except InputError:
-        return False
-
-
 def _read_study(name: str, arm: str, metric: str | None) -> list[Scored]:
     study = StudyResults(name)
-    if arm and arm not in study.arms:
+    if arm not in study.arms:
         raise InputError(Problem(f"{name}:{arm}", "the study has no such arm", close_match(arm, study.arms)))
-    arms = {run: each for each in ([arm] if arm else study.arms) for run in study.arm_runs(each)["run_id"]}
-    runs = _own_runs(arms.__contains__, metric)
-    if missing := [run for run in arms if run not in runs]:
+    wanted = list(study.arm_runs(arm)["run_id"])
+    runs = _own_runs(wanted, metric)
+    if missing := [run for run in wanted if run not in runs]:
         said = "its items are neither in the store nor published"
         raise InputError(Problem(missing[0], said, how_to_run(name)))
-    return [replace(runs[run], system=each, study=(name, each)) for run, each in arms.items()]
+    return [replace(runs[run], system=arm, study=(name, arm)) for run in wanted]
 
 
-def _own_runs(wanted: Callable[[str], bool], metric: str | None) -> dict[str, Scored]:
-    """Returns the runs of the store whose ids are wanted, and the published ones that the store lacks."""
-    runs = {
-        path.parent.name: _own(path, list(_lines(path)), metric)
-        for path in sorted(RUNS.glob("*/items.jsonl"))
-        if wanted(path.parent.name)
-    }
-    kept = set(runs)
+def _own_runs(names: Sequence[str], metric: str | None) -> dict[str, Scored]:
+    """Returns runs of the store by their ids, and the published ones that the store lacks."""
+    paths = {name: run_folder(name) / "items.jsonl" for name in names}
+    runs = {name: _own(path, list(_lines(path)), metric) for name, path in paths.items() if os.path.exists(path)}
     for path in published_paths(ITEMS):
-        found = _published(path.parent, lambda run: wanted(run) and run not in kept, metric)
-        runs |= {run.where: run for run in found}
+        runs |= _published(path.parent, [name for name in names if name not in runs], metric)
     return runs
 
 
-def _published(folder: Path, wanted: Callable[[str], bool], metric: str | None) -> list[Scored]:
+def _published(folder: Path, names: Sequence[str], metric: str | None) -> dict[str, Scored]:
     try:
         records = pd.read_parquet(folder / RECORDS).set_index("run_id")["record"]
-        names = [name for name in records.index if wanted(name)]
-        items = pd.read_parquet(folder / ITEMS, filters=[("run_id", "in", names)]) if names else None
+        known = [name for name in names if name in records.index]
+        items = pd.read_parquet(folder / ITEMS, filters=[("run_id", "in", known)]) if known else None
     except (OSError, ValueError, KeyError) as error:
         raise InputError(Problem(str(folder), f"its {RECORDS} and {ITEMS} cannot be read: {error}")) from None
-    return [
-        _own_scores(str(run), rows, _all_fields(json.loads(records[run])["spec"]), metric, str(run))
+    return {
+        str(run): _own_scores(str(run), rows, _all_fields(json.loads(records[run])["spec"]), metric, str(run))
         for run, rows in (items.groupby("run_id", sort=False) if items is not None else ())
-    ]
+    }
 
 
 def _own(path: Path, rows: list[dict[str, Any]], metric: str | None) -> Scored:
@@ -238,37 +192,6 @@ def _lm_eval(path: Path, rows: list[dict[str, Any]], metric: str | None) -> Scor
         metric=chosen,
         unit=_unit(values, chosen),
         items=_items(kept["doc_id"], values, 1.0, content, str(path)),
-    )
-
-
-# --- PEFT's method comparison
-
-
-def _peft(path: Path, metric: str | None) -> Scored:
-    """Returns the score of a result file of PEFT's method comparison: one number, without items.
-
-    Source: huggingface/peft, ``method_comparison``.
-    """
-    content = parse_json(read_text(path, LARGEST_LOG), str(path))
-    try:
-        about, trained = content["run_info"], content["train_info"]
-        name, config, metrics = str(about["experiment_name"]), dict(about["train_config"]), list(trained["metrics"])
-        status = trained["status"]
-        scores = {key: value for row in metrics for key, value in row.items() if _is_number(value)}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(Problem(str(path), "no result of PEFT's method comparison", f"scores are {FORMATS}")) from None
-    if status != "success":
-        raise InputError(Problem(str(path), f"this run has no result: its status is {shown(status)}", "leave it out"))
-    chosen = _chosen(metric, list(scores), "test accuracy" if "test accuracy" in scores else None, str(path))
-    seed = config.pop("seed", None)
-    return Scored(
-        system=name,
-        where=str(path),
-        seed=seed if isinstance(seed, int) else None,
-        metric=chosen,
-        unit=FRACTION if "accuracy" in chosen else "",
-        items=_whole(scores[chosen]),
-        setting=json.dumps([config, about.get("peft_config")], sort_keys=True),
     )
 
 

@@ -15,7 +15,7 @@ app = typer.Typer()
 @app.command(rich_help_panel=TRUE)
 @needs("report")
 def compare(
-    a: Annotated[str, typer.Argument(help="Run ids, folders or files, with commas, or STUDY:ARM.")],
+    a: Annotated[str, typer.Argument(help="Run ids or files, with commas, or STUDY:ARM.")],
     b: Annotated[str, typer.Argument(help="The same, to compare with.")],
     margin: Annotated[str | None, typer.Option(help="Of sameness: 2pp, 2.5%gain (of the task gain), or 0.02.")] = None,
     metric: Annotated[str | None, typer.Option(help="The score, as the files name it; default: the main one.")] = None,
@@ -24,8 +24,7 @@ def compare(
 ) -> None:
     """Say whether a difference is real: its interval, chance, sameness within a margin, and what would decide.
 
-    Reads runs of the suite, lm-eval's samples_*.jsonl, results of PEFT's method comparison, and CSV files with a score
-    and the columns name, seed or item.
+    Reads runs of the suite, lm-eval's samples_*.jsonl, and CSV files with a score and the columns name, seed or item.
     """
     from peftscope.analysis.paired import check_spread, pair
     from peftscope.analysis.scores import read_scores

@@ -21,9 +21,8 @@ from peftscope.planning.checks import check_starts
 from peftscope.planning.published import RECORDS, published_records
 from peftscope.record import FINAL, RunRecord, parse_record, read_record
 
-COMPARED = ("losses", "scores", "answers", "weights", "peaks", "batches")
-"""What is compared: the losses of all steps, the scores, the file of items, the saved adapter, the tracked and the
-predicted peaks, and the hash of the training tokens."""
+COMPARED = ("losses", "scores", "weights", "peaks")
+"""What is compared: the losses of all steps, the scores, the saved adapter, the tracked and the predicted peaks."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +130,13 @@ def compare_records(experiment: str, published: RunRecord, here: RunRecord, seco
 def _compared(record: RunRecord) -> dict[str, dict[str, Any]]:
     """Returns what a record has to compare, flat, without what it lacks."""
     peaks = _flat(record.memory.model_dump(include={"load", "train", "evaluate", "predicted"}))
-    files = {name: digest for name, digest in record.files.items() if name.endswith((".safetensors", ".jsonl"))}
     found = {
         "losses": {
             f"{name}.{i}": v for name in ("train_nll", "train_loss") for i, v in enumerate(getattr(record, name))
         },
         "scores": _flat(record.quality.model_dump()),
-        "answers": {name: digest for name, digest in files.items() if name.endswith(".jsonl")},
-        "weights": {name: digest for name, digest in files.items() if name.endswith(".safetensors")},
+        "weights": {name: digest for name, digest in record.files.items() if name.endswith(".safetensors")},
         "peaks": {name: value for name, value in peaks.items() if name.endswith("_tensor_bytes")},
-        "batches": {"sha256": record.train_batches_sha256},
     }
     return {name: {key: v for key, v in fields.items() if v is not None} for name, fields in found.items()}
 
