@@ -61,7 +61,7 @@ def test_restored_runs_count_as_done_without_weights(finished: tuple[str, Any]) 
     assert not (folder / "adapter").exists() and is_restored(folder)
     again = finished_record(folder, identity)
     assert again is not None and again.train_nll == record.train_nll
-    with pytest.raises(InputError, match=f"run {identity}: it was restored without its weights"):
+    with pytest.raises(InputError, match=f"run {identity}: has no weights"):
         find_run(identity)
     # Its items still have to be what the record says.
     (folder / "items.jsonl").write_text("{}\n")
@@ -134,7 +134,7 @@ def test_weights_stay_only_where_they_are_asked_for(
     assert finished_record(folder, folder.name) == record
     if not stays:
         shutil.copytree(folder, run_folder(folder.name), dirs_exist_ok=True)
-        with pytest.raises(InputError, match="its weights were dropped"):
+        with pytest.raises(InputError, match="has no weights"):
             find_run(folder.name)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match
-from peftscope.execution.start import merged_start
-from peftscope.layout import RUNS, how_to_run, record_paths, run_folder
-from peftscope.record import is_restored, read_record
+from peftscope.execution.start import ADAPTER, merged_start
+from peftscope.layout import RUNS, record_paths, run_folder
+from peftscope.record import read_record
 from peftscope.spec import RunSpec
 
 
@@ -18,16 +18,11 @@ def find_run(run: str) -> Path:
     Raises:
         InputError: There is no such run, it did not end ``ok``, or its weights are gone.
     """
-    folder = run_folder(run)
-    if not (folder / "record.json").is_file():
-        known = [path.parent.name for path in record_paths()]
-        remedy = close_match(run, known) or f"{how_to_run('quick')} makes some"
-        raise InputError(Problem(f"run {run}", f"no such run in {RUNS}", remedy))
-    record = read_record(folder / "record.json")
-    if record.status != "ok":
-        raise InputError(Problem(f"run {run}", f"its status is {record.status}", "choose a run with the status ok"))
-    if is_restored(folder) or record.weights == "dropped":
-        why = "it was restored without its weights" if is_restored(folder) else "its weights were dropped when it ended"
+    folder, known = run_folder(run), [path.parent.name for path in record_paths()]
+    if run not in known:
+        raise InputError(Problem(f"run {run}", f"no such run in {RUNS}", close_match(run, known)))
+    if (status := read_record(folder / "record.json").status) != "ok" or not (folder / "adapter").is_dir():
+        why = "has no weights: they were dropped, or did not come with `restore`" if status == "ok" else f"is {status}"
         raise InputError(Problem(f"run {run}", why, f"remove {folder} and repeat the run with --keep-weights all"))
     return folder
 
@@ -41,27 +36,20 @@ def merge_run(folder: Path, target: Path) -> None:
     Raises:
         InputError: The method cannot be merged, or the run has no adapter.
     """
-    record = read_record(folder / "record.json")
-    method = record.spec.method
-    if not method.mergeable:
-        raise InputError(
-            Problem(f"run {record.run_id}", f"{method.label} cannot be merged", "load its adapter/ folder as it is")
-        )
-    if not (folder / "adapter" / "adapter_model.safetensors").is_file():
-        raise InputError(Problem(str(folder / "adapter"), "no adapter_model.safetensors", "repeat the run"))
     import torch
     from peft import PeftModel
 
     from peftscope.training.load import load_tokenizer
 
-    spec = record.spec.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
-    base = base_of_adapter(spec)
-    if spec.method.quantization():
-        base = base.dequantize()
+    spec = read_record(folder / "record.json").spec
+    if not (spec.method.mergeable and (folder / ADAPTER).is_file()):
+        why = f"{spec.method.label} cannot be merged" if not spec.method.mergeable else f"no {Path(ADAPTER).name}"
+        raise InputError(Problem(f"run {folder.name}", why, "load its adapter/ folder as it is"))
+    base = base_of_adapter(spec.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"}))
+    base = base.dequantize() if spec.method.quantization() else base
     base.set_attn_implementation("sdpa")
-    merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
-    merged.save_pretrained(target)
-    load_tokenizer(record.spec).save_pretrained(target)
+    PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(target)
+    load_tokenizer(spec).save_pretrained(target)
 
 
 def base_of_adapter(spec: RunSpec) -> Any:
