@@ -20,7 +20,9 @@ EXTRA := [all,$(PROFILE)]
 endif
 # Packages without a wheel: only these may run a build of their own.
 SOURCE_ONLY := cellpylib,connection-pool,pycosat,rouge-score,sqlitedict,word2number,zss
-TORCH := torch>=2.9,<3
+# Up to the version that memory/kernels.py was read in. TORCH_INDEX=ADDRESS takes another build of it, as pip's --index-url
+# does: drivers before 580 and cards before Turing need one for CUDA 12.6, which pytorch.org's install page names.
+TORCH := torch>=2.9,<2.14
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A worker a core, each with one thread; four at most, for some tests take gigabytes.
@@ -59,7 +61,7 @@ setup: $(READY)
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar on '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --progress-bar on '$(TORCH)' $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)')
 	$(BIN)/python -m pip install --quiet --progress-bar on --require-hashes --no-deps \
 	  --only-binary :all: --no-binary $(SOURCE_ONLY) -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .

@@ -145,9 +145,9 @@ def by_simulation(point: Point) -> int:
     from peftscope.memory.predict import code_digest
 
     question = question_of(point)[0]
-    cublas = question.gpu.cublas_bytes if question.gpu else None
+    card = (question.gpu.cublas_bytes, question.before_ampere) if question.gpu else None
     run = [question.spec.model_dump_json(), repr(question.model.shape), question.responses]
-    key = [*run, question.beside.model_dump_json(), cublas, code_digest(SIMULATED_BY)]
+    key = [*run, question.beside.model_dump_json(), card, code_digest(SIMULATED_BY)]
 
     def simulated() -> dict[str, int]:
         from peftscope.memory.simulate import peaks_by_simulation

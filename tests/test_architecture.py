@@ -90,7 +90,9 @@ def test_the_lock_pins_every_dependency_with_hashes_and_leaves_torch_a_range(rep
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     (torch,) = [requirement for requirement in requirements(project) if requirement.startswith("torch")]
     makefile = (repository / "Makefile").read_text()
-    assert f"TORCH := {torch}\n" in makefile
+    # The tables of kernels were read in one version, so that newer ones wait until somebody reads them again.
+    read_in = re.search(r"torch 2\.(\d+)", (repository / "src/peftscope/memory/kernels.py").read_text())[1]
+    assert f"TORCH := {torch.removesuffix('3')}2.{int(read_in) + 1}\n" in makefile
     for requirement in requirements(project) - {torch}:
         assert re.split(r"[=<>]", requirement)[0].lower().replace("_", "-") in pinned, requirement
     assert not pinned & {"torch", "triton"}

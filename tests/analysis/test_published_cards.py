@@ -43,10 +43,11 @@ FACTS = {
     "": "alone benchmarks bf16_products card code environment hardware model packages prose_sha256 python start "
     "started_at task threads threads_beside",
     "code": "commit dirty",
-    "hardware": "cores cpu cuda gpu gpu_memory_bytes memory_bytes system",
-    "environment": "CUDA_VISIBLE_DEVICES MKL_NUM_THREADS OMP_NUM_THREADS PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF "
-    "SLURM_JOB_ID",
-    "card": "after_training allocator_settings at_start limited_to_bytes other_processes used_bytes",
+    "hardware": "compute_capability cores cpu cuda driver gpu gpu_memory_bytes memory_bytes system",
+    "environment": "CUDA_DEVICE_ORDER CUDA_VISIBLE_DEVICES MKL_NUM_THREADS OMP_NUM_THREADS PYTORCH_ALLOC_CONF "
+    "PYTORCH_CUDA_ALLOC_CONF SLURM_JOB_ID",
+    "card": "after_training allocator_settings at_start driver_reserve_bytes limited_to_bytes other_processes "
+    "used_bytes",
 }
 """The facts of a record's provenance, by section. A further one could name a machine or a person."""
 PLACE = re.compile(r"""(?:^|[\s"'=:(,;])(?:~?/[\w.~-]|[A-Za-z]:[\\/]|\\\\\w)|://|\w@\w|\b(?:GPU|MIG)-[0-9a-f]{8}""")

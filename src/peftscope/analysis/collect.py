@@ -188,6 +188,8 @@ def row_of(spec: RunSpec, record: RunRecord | None) -> dict[str, Any]:
         "cores": hardware.get("cores"),
         "host_memory_bytes": hardware.get("memory_bytes"),
         "gpu": hardware.get("gpu"),
+        "compute_capability": hardware.get("compute_capability"),
+        "system": hardware.get("system"),
         "gpu_memory_bytes": hardware.get("gpu_memory_bytes"),
         "gpu_used_before_bytes": (record.provenance.get("card") or {}).get("used_bytes"),
         "torch": record.provenance.get("packages", {}).get("torch"),

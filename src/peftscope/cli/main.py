@@ -6,8 +6,10 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from copy import copy
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -19,7 +21,7 @@ from rich.table import Table
 from peftscope import __version__
 from peftscope.cli import advise, claims, compare, memory, new_study, rules, verify, why
 from peftscope.cli.console import EXPERIMENT, wide_console
-from peftscope.errors import InputError, Problem, needs, printable
+from peftscope.errors import InputError, Problem, needs, printable, raise_any
 from peftscope.execution.libraries import offline, quiet_libraries
 from peftscope.files.hub import without_hub_kernels
 from peftscope.layout import how_to_run, record_path, run_folder
@@ -166,12 +168,14 @@ def sweep(
 ) -> None:
     """Run what is left of an experiment, one run after the other: no Snakemake, and lm-eval only for runs that ask."""
     from peftscope.analysis.tuning import choose_next
-    from peftscope.execution.job import check_cards
+    from peftscope.execution.job import card_problems
     from peftscope.execution.sweep import run_sweep
     from peftscope.hardware.device import detect_device
 
     if detect_device() == "cuda":
-        check_cards(1)
+        # In a process of its own: this one stays for hours, and keeps nothing on the card.
+        with ProcessPoolExecutor(1, get_context("fork")) as apart:
+            raise_any(apart.submit(card_problems, 1).result())
     outcome = run_sweep(experiment, choose_next, minutes)
     if outcome.left:
         print(f"{outcome.left} runs left: repeat the command to go on")

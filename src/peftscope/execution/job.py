@@ -15,13 +15,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from peftscope.errors import InputError, Problem
+from peftscope.errors import InputError, Problem, raise_any
 from peftscope.execution.process import host_kills, keep_freed_memory, seconds_since_process_start, survive_child
 from peftscope.execution.ranks import fork_ranks, rank_folder
 from peftscope.files.atomic import write_json
 from peftscope.files.lock import locked
 from peftscope.files.storage import STORAGE_CODE
 from peftscope.hardware.bf16 import chosen_way
+from peftscope.hardware.cards import OLDER_BUILD, has_kernels
 from peftscope.hardware.device import cards_claimed
 from peftscope.hardware.turns import Turns
 from peftscope.methods import OwnMethod
@@ -243,14 +244,26 @@ class Job:
 
 def check_cards(count: int) -> None:
     """Raises InputError if torch cannot use so many cards."""
+    raise_any(card_problems(count))
+
+
+def card_problems(count: int) -> list[Problem]:
+    """Returns why torch cannot use so many cards. Asking is harmless only where CUDA is not forked afterwards."""
     import torch
 
     if not torch.cuda.is_available():
         remedy = "see `peftscope doctor`; PEFTSCOPE_DEVICE=cpu (for make gpu-check DEVICE=cpu) uses the processor"
-        raise InputError(Problem("device", "the installed torch finds no CUDA card that it can use", remedy))
+        return [Problem("device", "the installed torch finds no CUDA card that it can use", remedy)]
     if torch.cuda.device_count() < count:
         message = f"{count} shards need {count} cards, and this machine has {torch.cuda.device_count()}"
-        raise InputError(Problem("shards", message, "use fewer shards, or a machine with more cards"))
+        return [Problem("shards", message, "use fewer shards, or a machine with more cards")]
+    built, problems = torch.cuda.get_arch_list(), []
+    for card in map(torch.cuda.get_device_properties, range(count)):
+        if not has_kernels(card.major + card.minor / 10, built):
+            message = f"torch {torch.__version__} has no kernels for {card.name}, of compute capability "
+            message += f"{card.major}.{card.minor}: it was built for {', '.join(built)}"
+            problems.append(Problem("device", message, OLDER_BUILD))
+    return problems
 
 
 def lacks_kept(run: Path, record: RunRecord, shares: Sequence[float]) -> bool:

@@ -18,9 +18,9 @@ from peftscope.data.tasks import task_folder
 from peftscope.evaluation.retention import PROSE_SHA256
 from peftscope.files.manifest import read_manifest
 from peftscope.hardware.bf16 import chosen_way
-from peftscope.hardware.device import processor_name
+from peftscope.hardware.device import driver_version, processor_name, system_name
 from peftscope.hardware.meter import allocator_settings, pci_address
-from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
+from peftscope.hardware.nvml import driver_reserve_bytes, find_card, other_processes, reading, used_bytes
 from peftscope.methods import versions_of
 from peftscope.models.catalog import model_folder
 from peftscope.record import PACKAGES
@@ -35,7 +35,7 @@ def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
         "code": git_state(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES} | versions_of(spec.method.name),
-        "hardware": hardware(spec.device),
+        "hardware": hardware(spec.device, rank),
         # Only bf16 on a processor has two ways to compute products.
         "bf16_products": chosen_way() if spec.device == "cpu" and spec.precision != "fp32" else None,
         "environment": {
@@ -44,6 +44,7 @@ def provenance(spec: RunSpec, rank: int = 0) -> dict[str, Any]:
                 "PYTORCH_ALLOC_CONF",
                 "PYTORCH_CUDA_ALLOC_CONF",
                 "CUDA_VISIBLE_DEVICES",
+                "CUDA_DEVICE_ORDER",
                 "OMP_NUM_THREADS",
                 "MKL_NUM_THREADS",
                 "SLURM_JOB_ID",
@@ -79,18 +80,19 @@ def git_state() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
-def hardware(device: str) -> dict[str, Any]:
+def hardware(device: str, rank: int = 0) -> dict[str, Any]:
     """Returns the processor, the number of cores, the memory, and the card if the run uses one."""
     facts: dict[str, Any] = {
         "cpu": processor_name(),
         "cores": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.system(),
+        "system": system_name(),
         "gpu": None,
     }
     if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        card = torch.cuda.get_device_properties(rank)
+        facts |= {"gpu": card.name, "gpu_memory_bytes": card.total_memory, "cuda": torch.version.cuda}
+        facts |= {"compute_capability": f"{card.major}.{card.minor}", "driver": driver_version()}
     return facts
 
 
@@ -104,6 +106,7 @@ def _card(index: int) -> dict[str, Any]:
     return {
         "at_start": reading(card),
         "used_bytes": used_bytes(card),
+        "driver_reserve_bytes": driver_reserve_bytes(card),
         "other_processes": others,
         "allocator_settings": allocator_settings(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,9 @@ CUBLAS_HOPPER_BYTES = 32 * MIB
 """The same from Hopper on; torch gives it to Blackwell too, by its pull request 175344."""
 AMPERE, HOPPER = 8.0, 9.0
 """The compute capabilities from which on a card has products of bf16 and flash attention, and the larger workspace."""
+
+OLDER_BUILD = "rm -r .venv && make setup TORCH_INDEX=ADDRESS, for CUDA 12.6 on pytorch.org's install page"
+"""The command that installs a torch for older drivers and cards."""
 
 Fits = Literal["yes", "tight", "no"]
 """Whether a run fits. Tight: torch's allocator has to give back memory that it caches, and steps are slower."""
@@ -237,6 +241,25 @@ def known_card(device_name: str, memory_bytes: int = 0) -> Gpu | None:
 def measured_card(device_name: str, memory_bytes: int, capability: float) -> Gpu:
     """Returns the known card, or one of which only the measured memory and the compute capability are known."""
     return known_card(device_name, memory_bytes) or Gpu(device_name, memory_bytes, capability=capability)
+
+
+def has_kernels(capability: float, architectures: Sequence[str]) -> bool:
+    """Returns whether a build of torch for these architectures runs on a card of a compute capability.
+
+    Kernels run on later cards of their own generation too, and what is not compiled yet (``compute_90``) on all later
+    ones. A build that names none is of another maker, or for processors.
+
+    >>> built = ["sm_75", "sm_80", "sm_90a"]
+    >>> [capability for capability in (6.0, 7.0, 7.5, 8.9, 9.0, 12.0) if has_kernels(capability, built)]
+    [7.5, 8.9, 9.0]
+    >>> has_kernels(12.0, [*built, "compute_90"]), has_kernels(7.0, [])
+    (True, True)
+    """
+    found = [re.fullmatch(r"(sm|compute)_(\d+)[af]?", name) for name in architectures]
+    built = [(kind[1], int(kind[2]) / 10) for kind in found if kind]
+    return not built or any(
+        version <= capability and (kind == "compute" or int(version) == int(capability)) for kind, version in built
+    )
 
 
 def without_bf16(device_name: str, capability: Any = None) -> bool:

@@ -26,6 +26,7 @@ Device = Literal["cpu", "cuda"]
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 """Where NVIDIA's driver on Linux describes each card, also to those who lack the library that asks it."""
+WSL = " (WSL2)"
 DEVICES = Path("/dev/nvidiactl"), Path("/dev/dxg")
 """The devices by which Linux, and Linux on Windows (WSL2), reach a card."""
 
@@ -88,6 +89,24 @@ def _cards_by_nvml() -> list[Card]:
     except Exception:  # no library, no driver, or one of another version
         return []
     return found
+
+
+def driver_version() -> str:
+    """Returns the version of NVIDIA's driver, by NVML or its own file; empty if neither tells."""
+    with suppress(Exception):
+        import pynvml
+
+        pynvml.nvmlInit()
+        return _text(pynvml.nvmlSystemGetDriverVersion())
+    with suppress(OSError):
+        found = re.search(r"Module\D*([\d.]+)", DRIVER.with_name("version").read_text())
+        return found[1] if found else ""
+    return ""
+
+
+def system_name() -> str:
+    """Returns the operating system; on WSL2, a driver of Windows may move a card's memory to the host."""
+    return platform.system() + (WSL if "microsoft" in platform.release().lower() else "")
 
 
 def _text(told: str | bytes) -> str:

@@ -180,9 +180,7 @@ def _warnings(gpu: Gpu, spec: RunSpec) -> list[str]:
     """Returns what a person should know about a card before its answer."""
     lines = [f"{gpu.name}: {gpu.note}"] if gpu.note else []
     if gpu.before_ampere and spec.precision != "fp32":
-        lines.append(
-            f"{gpu.name}: no bf16 products before Ampere; torch emulates them, attention keeps fp32 scores"
-        )
+        lines.append(f"{gpu.name}: no bf16 products before Ampere; torch emulates them, attention keeps fp32 scores")
     if gpu.before_ampere and spec.attention == "flash_attention_2":
         lines.append(f"{gpu.name}: flash attention 2 needs Ampere or newer; use sdpa")
     return lines
