@@ -39,7 +39,6 @@ ALL_LIGHT = [
     "models",
     "claims --published",
     "advise --model llama-3-8b --gpu rtx4090 --examples 500",
-    "memory qwen2.5-0.5b --gpu 24GiB --lengths lengths.txt --json",
     "expand quick --gpu rtx4090 --brief",
     "expand quick",
     "schema",
@@ -49,7 +48,6 @@ NEEDING = {
     "memory org/name": "model: the config.json of 'org/name' is on the hub, and huggingface_hub is not installed",
     "memory llama-2-7b --simulate": "[simulate]",
     "memory gpt2.json": "model: no closed form: model_type 'gpt2' is not one of ",
-    "memory llama-2-7b --lengths lengths.txt --figure x.png": "[report]",
     "fetch toy": "[train]",
     "make-task two-digit-sums": "[train]",
     "doctor": "[train]",
@@ -146,7 +144,6 @@ def bare(tmp_path: Path) -> Bare:
 def elsewhere(tmp_path: Path) -> Path:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    (folder / "lengths.txt").write_text("30\n20\n")
     (folder / "gpt2.json").write_text('{"model_type": "gpt2"}')
     return folder
 

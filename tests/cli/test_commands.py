@@ -144,7 +144,6 @@ def test_command(command: str, workspace: Path, repository: Path, run, monkeypat
         config = PRESETS["smollm2-135m"][1].model_copy(update={"num_layers": 2}).to_config()
         (workspace / "config.json").write_text(json.dumps(config))
         words[words.index("path/to/config.json")] = "config.json"
-    (workspace / "lengths.txt").write_text("40\n300\n")
     shutil.copytree(repository / "examples", workspace / "examples", dirs_exist_ok=True)
     # A dry run of make writes nothing; the others run where nothing is a user's.
     folder = repository if words[0] == "make" else workspace
@@ -174,7 +173,6 @@ def test_an_output_is_shown_with_dots_for_what_is_left_out() -> None:
 def test_a_command_prints_what_the_document_says(command: str, workspace: Path, run, monkeypatch) -> None:
     if re.match("peftscope (claims --published|table) ", command):
         monkeypatch.chdir(REPOSITORY)  # what is published
-    (workspace / "lengths.txt").write_text("\n".join(str(40 + 7 * number) for number in range(100)))
     page = (REPOSITORY / "docs/memory.md").read_text()
     files = re.findall(r"as `(\S+?)`[^\n]*\n\n```yaml\n(.*?)```", page, re.DOTALL)
     for name, content in files:

@@ -19,7 +19,7 @@ from peftscope.memory.question import ask
 from peftscope.models.presets import PRESETS
 from peftscope.sizing.changes import mildest_change, values_of
 from peftscope.sizing.fit import Fit, fit_methods
-from peftscope.words import GIB, MIB, spoken_bytes
+from peftscope.words import GIB, MIB
 
 Refusal = Callable[..., str]
 
@@ -37,7 +37,6 @@ def config_of(tmp_path: Path) -> Callable[[Any], str]:
 
 
 SAVED = ("--modules-to-save", "lm_head,embed_tokens")
-LENGTHS, DATA = ("--lengths", "l.txt"), ("--data", "d.jsonl", "--tokenizer")
 ERRORS = {
     "unknown model": (["lama-2-7b"], "model: unknown model (got 'lama-2-7b')", "did you mean `llama-2-7b`?"),
     "no such folder": (["./nowhere/model"], "model: no such file or folder: ./nowhere/model", "path of a config.json"),
@@ -79,21 +78,9 @@ ERRORS = {
     "modules beside prompts": (["llama-3.2-1b", "--method", "prompt-tuning", *SAVED], "modules_to_save: ", ""),
     "their precision": (["llama-3.2-1b", *SAVED, "--modules-to-save-dtype", "fp32"], "modules_to_save_dtype: ", ""),
     "steps of nothing": (["llama-3.2-1b", "--eval-accumulation-steps", "4"], "eval_accumulation_steps: ", ""),
-    "a figure of no data": (
-        ["smollm2-135m", "--figure", "f.png"],
-        "figure: is about a data set",
-        "--lengths or --data",
-    ),
-    "lengths and data": (["smollm2-135m", *LENGTHS, "--data", "d.jsonl"], "lengths: --data was given", "leave out one"),
-    "lengths explained": (["smollm2-135m", *LENGTHS, "--explain"], "explain: is about one batch", "leave it out"),
-    "lengths packed": (["smollm2-135m", *LENGTHS, "--packed"], "packing: packed rows have up to", "--padded"),
-    "lengths untrained": (["smollm2-135m", *LENGTHS, "--method", "none"], "none has no training", "another method"),
-    "no tokenizer": (["smollm2-135m", *DATA, "nowhere"], "tokenizer: nowhere is no folder", "tokenizer.json"),
-    "an empty tokenizer": (["smollm2-135m", *DATA, "."], "tokenizer: none can be loaded from .", "tokenizer.json"),
     "no hub id": (["models/foo/bar"], "model: there is no 'models/foo/bar' here", "config.json"),
     "no such method": (["--config", "qlora.yml", "--method", "bogus"], "method: unknown method (got 'bogus')", ""),
     "too much": (["llama-2-7b", "--eval-gathers-logits", "9" * 400], "eval_gathers_logits", ""),
-    "long lengths": (["smollm2-135m", "--lengths", "long.txt"], "seq_len: 9000 is over the model's", "at most 8192"),
 }
 FIT_ERRORS = {
     "no model": (["--gpu", "24GiB"], "model: none given", "peftscope fit --gpu 24GiB llama-2-7b"),
@@ -112,9 +99,6 @@ FIT_ERRORS = {
 )
 def test_a_wrong_question_gets_one_line(arguments: list[str], what: str, remedy: str, refusal: Refusal) -> None:
     for name, content in {
-        "l.txt": "7\n9\n",
-        "d.jsonl": '{"text": "a"}\n',
-        "long.txt": "9000\n",
         "qlora.yml": "a: 1\n",
     }.items():
         Path(name).write_text(content)
@@ -405,82 +389,3 @@ def test_advice_fits_whoever_follows_it(method: str) -> None:
             changed = {**options, "method": method, **advised(advice)}
             assert fit_of(changed.pop("method"), capacity, **changed).fits != "no", advice
     assert len(said) > 2
-
-
-WRONG_DATA = {
-    "zero": ("--lengths", "12\n0\n", "line 2: is not a whole number above 0 (got '0')", "one length in tokens on each"),
-    "text": ("--lengths", "7\n\nlong\n", "line 3: is not a whole number above 0 (got 'long')", "one length in tokens"),
-    "empty": ("--lengths", "\n", "is empty", "one length in tokens on each line"),
-    "no file": ("--lengths", None, "no such file", "give the path"),
-    "no field": (
-        "--data",
-        '{"prompt": "a"}\n',
-        "line 1: has no field `text`; known: prompt",
-        "--fields prompt,response",
-    ),
-    "number": ("--data", '{"text": "a"}\n{"text": 3}\n', "line 2: `text` is not text (got 3)", "--fields"),
-    "no object": ("--data", "[1]\n", "line 1: is not a JSON object (got [1])", "--fields"),
-    "no JSON": ("--data", "{text}\n", "line 1: is not valid JSON", "--fields"),
-    "no items": ("--data", "", "is empty", "--fields"),
-}
-
-
-@pytest.mark.parametrize(("option", "content", "what", "remedy"), WRONG_DATA.values(), ids=WRONG_DATA)
-def test_a_wrong_data_set_gets_one_line(
-    option: str, content: str | None, what: str, remedy: str, refusal: Refusal, tmp_path: Path, tokenizer_folder: str
-) -> None:
-    path = tmp_path / "items.txt"
-    if content is not None:
-        path.write_text(content)
-    more = ["--tokenizer", tokenizer_folder] if option == "--data" else []
-    message = refusal("memory", "smollm2-135m", option, str(path), *more)
-    assert message.startswith(f"{path}: ")
-    assert what in message
-    assert remedy in message
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tokenizer of words, which has no special tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"?": 0, "a": 1}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder = str(tmp_path_factory.mktemp("tokenizer"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
-    return folder
-
-
-def test_a_data_set_is_answered_by_its_lengths_or_its_texts(peftscope, workspace, tokenizer_folder: str) -> None:
-    (workspace / "d.jsonl").write_text('{"prompt": "a a a", "response": "a"}\n{"prompt": "a", "response": "b c"}\n')
-    (workspace / "l.txt").write_text("5\n4\n")  # and an end of sequence each
-    options = ["--batch-size", "2", "--gpu", "24GiB"]
-    texts = ["--data", "d.jsonl", "--fields", "prompt,response", "--tokenizer", tokenizer_folder]
-    by_text, by_length = (
-        json.loads(peftscope("memory", "smollm2-135m", *options, *data, "--json")[1])
-        for data in (texts, ["--lengths", "l.txt"])
-    )
-    assert by_text == by_length
-    assert [by_text["quantiles"][place]["width"] for place in (0, -1)] == [4, 5]
-    assert (by_text["items"], by_text["fits_width"]) == (2, 5)
-    assert by_text["headroom_bytes"] == by_text["capacity_bytes"] - by_text["quantiles"][-1]["peak_device_bytes"] > 0
-    code, output, _ = peftscope("memory", "smollm2-135m", *options, "--lengths", "l.txt", "--figure", "figure.png")
-    assert code == 0
-    assert (workspace / "figure.png").is_file()
-    assert all(spoken_bytes(one["peak_device_bytes"]) in output for one in by_text["quantiles"])
-
-
-def test_a_data_set_whose_widest_batch_does_not_fit_is_refused(peftscope: Command, workspace: Path) -> None:
-    file = {"model_name_or_path": "HuggingFaceTB/SmolLM2-135M", "stage": "sft", "finetuning_type": "lora"}
-    file |= {"lora_target": "all", "cutoff_len": 512, "per_device_train_batch_size": 2, "bf16": True}
-    (workspace / "file.yaml").write_text(json.dumps(file))
-    (workspace / "l.txt").write_text("60\n" * 9 + "512\n")
-    for asked in (["--config", "file.yaml"], ["smollm2-135m", "--batch-size", "2"]):
-        words = "memory", *asked, "--lengths", "l.txt"
-        assert [peftscope(*words, *card)[0] for card in ([], ["--gpu", "24GiB"])] == [0, 0]
-        code, output, _ = peftscope(*words, "--gpu", "1.2GiB", "--json")
-        answer = json.loads(output)
-        assert (code, answer["too_long_items"]) == (1, 1)
-        assert answer["headroom_bytes"] < 0 < answer["missing_bytes"]
-        assert answer["fits"] == "no"

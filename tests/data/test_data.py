@@ -23,7 +23,6 @@ from peftscope.evaluation.answers import wrap
 from peftscope.evaluation.retention import WINDOW_TOKENS, bits_per_byte, prose
 from peftscope.files.content import read_yaml
 from peftscope.layout import PROSE_FOLDER
-from peftscope.sizing.lengths import count_tokens
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model
 from peftscope.training.load import load_base, load_tokenizer
@@ -242,10 +241,3 @@ def test_lm_eval_asks_behind_it(spec: RunSpec, tokenizer: Any) -> None:
     begun, plain = (wrap(model, each, spec) for each in (tokenizer, load_tokenizer(spec)))
     asked = [each.tok_batch_encode(["12 + 34 ="])[0][0].tolist() for each in (begun, plain)]
     assert asked[0] == [BOS, *asked[1]]
-
-
-def test_lengths_count_it(spec: RunSpec, tokenizer: Any, tmp_path: Path) -> None:
-    (path := tmp_path / "items.jsonl").write_text(json.dumps({"prompt": "12 + 34 =", "response": " 46"}))
-    each = (load_tokenizer(spec), tokenizer)
-    plain, begun = (count_tokens(path, ("prompt", "response"), lambda one=one: one) for one in each)
-    assert begun == [plain[0] + 1]

@@ -28,21 +28,16 @@ TITLES = {"learning_rate": "learning rate", "precision": "base precision", "vari
 def advise_command(
     model: Annotated[str, typer.Option(help="A preset (llama-3-8b, ...), a config.json, or a hub id.")],
     gpu: Annotated[str, typer.Option(help="The card: rtx4090, a100, ..., or its memory: 24GiB.")],
-    examples: Annotated[int | None, typer.Option(help="Training examples; default: those of --data.")] = None,
+    examples: Annotated[int, typer.Option(help="Training examples.")],
     gpus: Annotated[int, typer.Option(min=1, help="The number of such cards.")] = 1,
     priority: Annotated[str, typer.Option(help="quality, memory, speed or retention.")] = "quality",
     seq_len: Annotated[int | None, typer.Option(min=1, help="Longest example, in tokens; default 512.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A JSONL file whose examples are measured.")] = None,
-    fields: Annotated[str | None, typer.Option(help="Its fields that are text; default text.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="A folder with it; default that of the model.")] = None,
-    lengths: Annotated[Path | None, typer.Option(help="Instead of --data: a file with one length a line.")] = None,
     claims: Annotated[Path | None, typer.Option(help="A claims.json; default: your own, or ours.")] = None,
     as_trainer: Annotated[str | None, typer.Option("--as", help="Also a file for trl, axolotl, llama-factory.")] = None,
     why: Annotated[bool, typer.Option("--why", help="Every setting with its claims, and what else fits.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; the keys are stable.")] = False,
 ) -> None:
     """Say which method, rank, targets and learning rate to take, what each rests on, and what the run takes."""
-    from peftscope.cli.lengths import items_asked
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.base import describe_model
     from peftscope.report.advice.advise import advise
@@ -53,18 +48,13 @@ def advise_command(
     for flag, word, known in (("--priority", priority, Priority), ("--as", as_trainer, Pasted)):
         if word is not None and word not in get_args(known):
             raise InputError(Problem(flag, f"unknown (got {word!r})", close_match(word, get_args(known))))
-    own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer, "figure": None}
-    measured = items_asked(lengths, data, model, own)
-    if not (examples or measured) or (examples is not None and not 1 <= examples <= LARGEST_COUNT):
-        got = "" if examples is None else f" (got {examples})"
-        raise InputError(
-            Problem("--examples", f"must be from 1 to {LARGEST_COUNT:,}{got}", "say how many there are, or give --data")
-        )
+    if not 1 <= examples <= LARGEST_COUNT:
+        message = f"must be from 1 to {LARGEST_COUNT:,} (got {examples})"
+        raise InputError(Problem("--examples", message, "say how many there are"))
     base, card = describe_model(model), find_gpu(gpu)
-    longest = max(measured, default=USUAL_LENGTH)
-    longest = seq_len or min(longest, base.max_seq_len or longest)
+    longest = seq_len or min(USUAL_LENGTH, base.max_seq_len or USUAL_LENGTH)
     asked: Any = {"priority": priority, "trainer": as_trainer}
-    situation = Situation(base, card, examples or len(measured), gpus, seq_len=longest, lengths=measured, **asked)
+    situation = Situation(base, card, examples, gpus, seq_len=longest, **asked)
     findings, where = known_findings(claims)
     advice = advise(situation, read_rules(), findings, where)
     if as_json:

@@ -47,14 +47,6 @@ TIME: dict[str, Any] = {
 }
 """The options about time."""
 
-DATA_PANEL = "Batches of a data set"
-"""The heading of the options that a question about a data set has."""
-Lengths = Annotated[Path | None, typer.Option(help="A file with an item's tokens a line.", rich_help_panel=DATA_PANEL)]
-Data = Annotated[Path | None, typer.Option(help="A JSONL file, to count tokens in.", rich_help_panel=DATA_PANEL)]
-Fields = Annotated[str | None, typer.Option(help="Its texts, as in prompt,response.", rich_help_panel=DATA_PANEL)]
-Tokenizer = Annotated[str | None, typer.Option(help="Its folder; default the model's.", rich_help_panel=DATA_PANEL)]
-Figure = Annotated[Path | None, typer.Option(help="Draw items over their peaks.", rich_help_panel=DATA_PANEL)]
-
 PANEL = "Fields of the run and its method"
 """The heading of their options in the help."""
 FLAGS = {"packing": "--packed/--padded", "as_trainer": "--as"}
@@ -138,20 +130,13 @@ def memory_command(
     explain: Annotated[bool, typer.Option("--explain", help="Every term with its formula and source.")] = False,
     depth: Annotated[int, typer.Option(help="Levels of the tree of modules.")] = 0,
     as_json: AsJson = False,
-    lengths: Lengths = None,
-    data: Data = None,
-    fields: Fields = None,
-    tokenizer: Tokenizer = None,
-    figure: Figure = None,
     **options: Any,
 ) -> None:
     """Say what a training run takes on a card, without one: allocated, reserved and device memory.
 
     A method or a model without a closed form is always simulated. With --gpu, say whether it fits, and how long a step
-    takes. With --lengths or --data, say what batches as wide as the items of a data set take; the exit code is 1 if the
-    widest does not fit.
+    takes. The longest batch of your data decides: give its length as --seq-len.
     """
-    from peftscope.cli.lengths import items_asked, tell_lengths
     from peftscope.cli.show import show_answer, show_headroom, show_reading, show_remedies, show_time
     from peftscope.hardware.cards import find_gpu
     from peftscope.memory.answer import answer_of
@@ -159,10 +144,6 @@ def memory_command(
 
     schedule = Schedule(**{name: options.pop(name) for name in TIME})
     card, given = None if gpu is None else find_gpu(gpu), {"method": method, **options}
-    own: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer, "figure": figure}
-    items = items_asked(lengths, data, model, own)
-    if items and not config and options["seq_len"] is None:
-        given["seq_len"] = max(items)
     schedule.speed(card)
     reading = None
     if config:
@@ -174,13 +155,6 @@ def memory_command(
         question = ask(describe_model(model), given, responses=response_len, gpu=card, gpus=1 if gpus is None else gpus)
     else:
         raise InputError(Problem("model", "none given", "peftscope memory llama-2-7b, or --config FILE"))
-    if items:
-        alone: dict[str, Any] = {"simulate": simulate, "explain": explain, "depth": depth}
-        for name in (name for name, value in (alone | asdict(schedule)).items() if value):
-            raise InputError(Problem(name, "is about one batch, not about a data set", "leave it out, or the data set"))
-        if reading and not as_json:
-            show_reading(reading, wide_console())
-        raise typer.Exit(0 if tell_lengths(question, items, own, wide_console(), as_json=as_json) else 1)
     peaks = peaks_of_question(question, simulate=simulate)
     simulate = simulate or not question.has_closed_form
     answer = answer_of(question, peaks, "simulation" if simulate else "formula")

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from peftscope.sizing.config_file import Reading
     from peftscope.sizing.duration import Duration, Range
     from peftscope.sizing.fit import Fit
-    from peftscope.sizing.lengths import LengthsAnswer, Quantile
     from peftscope.sizing.oom import Diagnosis
     from peftscope.sizing.why import Why
 
@@ -51,7 +50,7 @@ def show_reading(reading: Reading, console: Console) -> None:
     console.print()
 
 
-def show_headroom(gpu: Gpu, found: Answer | Quantile, console: Console) -> None:
+def show_headroom(gpu: Gpu, found: Answer, console: Console) -> None:
     """Prints whether a run fits on a card, as ``Gpu.fits`` says it, and what is left or missing."""
     size = f"{gpu.name}, {spoken_bytes(gpu.usable_bytes)}{' for CUDA' if gpu.reserve_bytes else ''}"
     least, left = found.least_device_bytes, gpu.usable_bytes - found.peak_device_bytes
@@ -272,25 +271,6 @@ def show_fits(fits: Sequence[Fit], gpu: Gpu, console: Console) -> None:
         for line in fit.assumptions[:1]:
             if line.startswith("experts: "):
                 console.print(f"{fit.model}, {fit.method}: {line}", markup=False)
-
-
-def show_lengths(answer: LengthsAnswer, console: Console) -> None:
-    """Prints what batches as wide as the items of a data set take, and the widest batch that fits on the card."""
-    rows = counted(answer.batch_size, answer.batch_of)
-    console.print(f"[bold]{answer.model}, {answer.method}[/]: batches of {rows}, closed form")
-    cut = f"; {answer.cut_items:,} were cut to {answer.quantiles[-1].width:,} tokens" if answer.cut_items else ""
-    console.print(f"{counted(answer.items, 'item')}{cut}")
-    if answer.capacity_bytes is not None:
-        console.print(
-            f"{spoken_bytes(answer.capacity_bytes)} hold {rows} of up to {answer.fits_width:,} tokens; "
-            f"{counted(answer.too_long_items or 0, 'item is', 'items are')} longer"
-        )
-    table = Table("of the items", "up to tokens", "allocated", "device", box=None)
-    for one in answer.quantiles:
-        sizes = map(spoken_bytes, (one.peak_allocated_bytes, one.peak_device_bytes))
-        table.add_row(f"{one.share:.0%}" if one.share else "shortest", f"{one.width:,}", *sizes)
-    console.print(table)
-    _show_assumptions(answer.assumptions, console)
 
 
 def show_why(why: Why, console: Console) -> None:

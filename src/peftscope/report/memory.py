@@ -17,7 +17,6 @@ from peftscope.methods import METHODS
 from peftscope.report.looks import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed
 from peftscope.report.plots import new_figure
 from peftscope.sizing.cheapest import OnCard
-from peftscope.sizing.lengths import LengthsAnswer
 from peftscope.sizing.why import Why
 from peftscope.words import GIB, spoken_bytes
 
@@ -117,17 +116,6 @@ def draw_waterfall(why: Why, path: Path) -> None:
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
         axes.set(xlabel="allocated at the peak (GiB)")
-
-
-def draw_lengths(answer: LengthsAnswer, path: Path) -> None:
-    """Draws the share of a data set's items over the memory that a full batch as wide needs."""
-    with new_figure(path, 8, 4) as axes:
-        sizes = [one.peak_device_bytes / GIB for one in answer.quantiles]
-        axes.plot(sizes, [100 * one.share for one in answer.quantiles], marker=".")
-        if answer.capacity_bytes is not None:
-            axes.axvline(answer.capacity_bytes / GIB, color="0.5", linewidth=0.8)
-            axes.annotate(" the card", (answer.capacity_bytes / GIB, 4), fontsize=8)  # below the curve, which ends high
-        axes.set(xlabel="peak of a full batch as wide, on the card (GiB)", ylabel="items (%)", ylim=(0, 102))
 
 
 def _mark_cards(line: Callable[..., object]) -> None:

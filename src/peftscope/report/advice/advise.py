@@ -13,7 +13,7 @@ from peftscope.memory.answer import answer_by_formula
 from peftscope.memory.base import describe_model
 from peftscope.methods import METHODS
 from peftscope.models.presets import PRESETS
-from peftscope.report.advice.options import LENGTHS, SHORTER, Fitter, Option, changed
+from peftscope.report.advice.options import LENGTHS, Fitter, Option, changed
 from peftscope.report.advice.rules import HABIT, Findings, Rules, Standing
 from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings, Situation, settings_for
 from peftscope.sizing.duration import unvalidated
@@ -51,8 +51,7 @@ class Advice:
         said = []
         for name in option.changes:
             change = self.rules.change(name)
-            cut = f", {100 * option.cut_share:.1f} % of those measured" if name == SHORTER and option.cut_share else ""
-            said.append(f"{change.says}{cut} ({change.evidence(self.findings, self.situation.billions)})")
+            said.append(f"{change.says} ({change.evidence(self.findings, self.situation.billions)})")
         return "; ".join(said) or "nothing"
 
     def brief(self) -> Iterator[tuple[str, str, str]]:
@@ -111,7 +110,6 @@ class Advice:
             "seconds": list(option.seconds),
             "time_is_measured": option.time_is_measured,
             "adapter_bytes": option.adapter_bytes,
-            "cut_share": option.cut_share,
         }
 
 
@@ -188,14 +186,9 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
 
 def _length_line(option: Option, situation: Situation) -> Line:
     length = option.question.spec.seq_len
-    if not situation.lengths:
-        asked = situation.seq_len
-        taken = "be as long" if length == asked else f"have {asked:,} tokens, and is cut to fit"
-        says = f"No example was measured; every one is taken to {taken}. Give --data or --lengths."
-        return Line("length", length, says, "custom", HABIT)
-    says = f"Longest of {len(situation.lengths):,} measured examples: {max(situation.lengths):,} tokens. "
-    says += f"{100 * option.cut_share:.1f} % are cut." if option.cut_share else "None is cut."
-    return Line("length", length, says, evidence="measured on the data")
+    asked = situation.seq_len
+    taken = "be as long" if length == asked else f"have {asked:,} tokens, and is cut to fit"
+    return Line("length", length, f"Every example is taken to {taken}. Give --seq-len.", "custom", HABIT)
 
 
 def _peak_line(option: Option, situation: Situation) -> Line:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, islice
 from typing import Any
 
@@ -43,7 +43,6 @@ class Option:
         seconds: The shortest and the longest expected time of the training.
         time_is_measured: Whether records of such a card corrected the time.
         adapter_bytes: The size of what is trained, on disk.
-        cut_share: The share of the measured examples that are cut; None if none was measured.
     """
 
     settings: Settings
@@ -55,7 +54,6 @@ class Option:
     seconds: tuple[float, float]
     time_is_measured: bool
     adapter_bytes: int
-    cut_share: float | None
 
     @property
     def method(self) -> str:
@@ -185,15 +183,12 @@ class Fitter:
         situation = self.situation
         question = self.ask(fields)
         spec, shape = question.spec, situation.shape
-        mean = max(1, round(situation.mean_tokens(spec.seq_len)))
         epochs = settings.value("epochs")
         step = spec.batch_size * spec.gradient_accumulation * situation.gpus
-        usual_question = replace(question, spec=spec.model_copy(update={"seq_len": mean}), responses=mean)
-        seconds = step_time(usual_question, self._forecaster.speed).seconds * epochs * situation.examples / step
+        seconds = step_time(question, self._forecaster.speed).seconds * epochs * situation.examples / step
         ratios = self._forecaster.measured_ratios(spec)
         taken = with_interval(seconds)
         low, high = (seconds * min(ratios), seconds * max(ratios)) if ratios else (taken.low, taken.high)
-        cut = sum(length > spec.seq_len for length in situation.lengths)
         return Option(
             settings=settings,
             changes=tuple(change.name for change in changes),
@@ -204,7 +199,6 @@ class Fitter:
             seconds=(low, high),
             time_is_measured=bool(ratios),
             adapter_bytes=(2 if spec.method.trains_base else 4) * (spec.method.trainable_parameters(shape) or 0),
-            cut_share=cut / len(situation.lengths) if situation.lengths else None,
         )
 
 

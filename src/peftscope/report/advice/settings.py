@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from peftscope.report.advice.rules import Findings, Priority, Rules, Setting, St
 from peftscope.sizing.trainer_file import Pasted
 
 USUAL_LENGTH = 512
-"""The tokens of an example that are assumed if none were measured."""
+"""The tokens of an example that are assumed if none are named."""
 RESPONSE_SHARE = 0.5
 """The share of the tokens that carry a loss, as the memory calculator assumes."""
 BITS_PER_TOKEN = 1.0
@@ -40,7 +40,6 @@ class Situation:
         gpus: The number of such cards.
         priority: What matters most.
         seq_len: The length in tokens that an example may have.
-        lengths: The tokens of each example that was measured; empty if none was.
         trainer: The trainer that the run is for; None: runs of this project.
     """
 
@@ -50,7 +49,6 @@ class Situation:
     gpus: int = 1
     priority: Priority = "quality"
     seq_len: int = USUAL_LENGTH
-    lengths: Sequence[int] = ()
     trainer: Pasted | None = None
 
     @property
@@ -70,15 +68,10 @@ class Situation:
         """The parameters of the model in billions."""
         return self.shape.parameters / 1e9
 
-    def mean_tokens(self, seq_len: int) -> float:
-        """Returns the mean tokens of an example of at most ``seq_len``; that length if none was measured."""
-        cut = [min(length, seq_len) for length in self.lengths]
-        return sum(cut) / len(cut) if cut else seq_len
-
     @property
     def data_bits(self) -> float:
         """The bits that the responses hold, as far as their number says."""
-        return self.examples * self.mean_tokens(self.seq_len) * RESPONSE_SHARE * BITS_PER_TOKEN
+        return self.examples * self.seq_len * RESPONSE_SHARE * BITS_PER_TOKEN
 
     @property
     def data_rank(self) -> int:
