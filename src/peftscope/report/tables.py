@@ -20,8 +20,6 @@ from peftscope.words import MIB, formatted, interval, percent, plain
 
 MOST_SETTINGS, MOST_RUNS = 60, 500
 """The most rows of the tables for people. The CSV files have all rows."""
-PEAKS = {"training": "tensors", "training, reserved": "reserved", "training, device": "card"}
-"""The peaks of a training step whose errors are shown, with their short names: of tensors, the allocator, the card."""
 FEWEST_FOR_MEANS = 3
 """The runs from which on their mean is shown with its interval. Two are shown as two values."""
 MOST_VARIANTS = 20
