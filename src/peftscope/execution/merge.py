@@ -7,7 +7,7 @@ from typing import Any
 
 from peftscope.errors import InputError, Problem, close_match
 from peftscope.execution.start import ADAPTER, merged_start
-from peftscope.layout import RUNS, record_paths, run_folder
+from peftscope.layout import RUNS, how_to_run, record_paths, run_folder
 from peftscope.record import read_record
 from peftscope.spec import RunSpec
 
@@ -20,7 +20,8 @@ def find_run(run: str) -> Path:
     """
     folder, known = run_folder(run), [path.parent.name for path in record_paths()]
     if run not in known:
-        raise InputError(Problem(f"run {run}", f"no such run in {RUNS}", close_match(run, known)))
+        remedy = close_match(run, known) or f"{how_to_run('quick')} makes some"
+        raise InputError(Problem(f"run {run}", f"no such run in {RUNS}", remedy))
     if (status := read_record(folder / "record.json").status) != "ok" or not (folder / "adapter").is_dir():
         why = "has no weights: they were dropped, or did not come with `restore`" if status == "ok" else f"is {status}"
         raise InputError(Problem(f"run {run}", why, f"remove {folder} and repeat the run with --keep-weights all"))
