@@ -43,11 +43,11 @@ def record_of(spec: RunSpec, **found: Any) -> RunRecord:
     return RunRecord(run_id=run_id(spec), spec=spec, **{"status": "ok", **found})
 
 
-def write_card(folder: Path, runs: Runs, name: str = "card") -> None:
+def write_card(folder: Path, runs: Runs, name: str = "card", **facts: str) -> None:
     """Writes ``runs.csv`` as it would be after the runs ended so on a card."""
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
-    provenance = {"hardware": {"gpu": name, "gpu_memory_bytes": 80 * GIB}}
+    provenance = {"hardware": {"gpu": name, "gpu_memory_bytes": 80 * GIB, **facts}}
     made = [run.model_copy(update={"provenance": provenance}) for run in runs]
     rows = [{"run_id": run.run_id, "comparisons": "grid", **row_of(run.spec, run)} for run in made]
     pd.DataFrame(rows).to_csv(target / "runs.csv", index=False)
@@ -139,7 +139,15 @@ def test_times_of_a_card_without_bf16_never_decide(tmp_path: Path) -> None:
     runs = both(DORA, PLAIN, SLOWER, ONE)
     write_card(tmp_path, runs, "Tesla T4")
     found = judged(part_of("S88"), tmp_path)
-    assert found.verdict == Verdict.NOT_RUN and "Tesla T4 computes no bf16 products" in found.reason
+    assert found.verdict == Verdict.NOT_RUN and "Tesla T4: no bf16 products of its own" in found.reason
+    write_card(tmp_path, runs, "Tesla T4", compute_capability="8.0")  # what was measured counts, not a name
+    assert judged(part_of("S88"), tmp_path).found is not None
+    for name, facts in (("TITAN RTX", {"compute_capability": "7.5"}), ("NVIDIA L4", {"system": "Linux (WSL2)"})):
+        write_card(tmp_path, runs, "Tesla T4")
+        write_card(tmp_path, runs, name, **facts)
+        assert judged(part_of("S88"), tmp_path).verdict == Verdict.NOT_RUN
+    write_card(tmp_path, runs, "NVIDIA L4", compute_capability="8.9", system="Linux")
+    assert judged(part_of("S88"), tmp_path).found is not None
     write_card(tmp_path, runs, "NVIDIA L4")
     measured = judged(part_of("S88"), tmp_path).found
     assert measured is not None and measured.n == 1 and "T4" not in measured.model

@@ -36,6 +36,7 @@ study:
   seeds: [0, 1]
 runs: [{{method: none}}]
 """
+PACKED = f"{SHORT}runs: [{{method: lora, packing: true, seq_len: 64, attention: flash_attention_2}}, {{method: ia3}}]\n"
 NOT_THERE = ("pandas", "pyarrow", "snakemake", "lm_eval", "seaborn", "matplotlib", "datasets", "reasoning_gym")
 
 
@@ -201,3 +202,35 @@ def test_the_check_of_a_card_on_a_processor_with_few_packages(own, repository: P
     text = Path(peftscope("report", "mine")[1].strip()).read_text()
     assert "shows the instrument, decides no claim" in text and "not enforced on a processor" in text
     assert "Does it fit?" in text and "apart over merged" in text
+
+
+def test_a_run_whose_package_is_missing_is_skipped_and_the_sweep_ends(
+    write_experiment: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment("mine", PACKED)
+    runs = Runs(monkeypatch)
+    monkeypatch.setattr(sweep, "find_spec", lambda package: None)
+    for _ in range(2):
+        outcome = run_sweep("mine", refuse)
+        assert (outcome.left, outcome.failed) == (0, [])
+        assert "skipped, it needs the package flash_attn" in capfd.readouterr().err
+    assert runs.seen == ["ia3"]
+    monkeypatch.setattr(sweep, "find_spec", lambda package: package)
+    run_sweep("mine", refuse)
+    assert runs.seen == ["ia3", "lora"]
+
+
+def test_a_run_that_wrote_no_checkpoint_in_time_is_told_apart_from_one_that_did(
+    write_experiment: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment("mine", THREE)
+    runs = Runs(monkeypatch, lora="interrupted", ia3="interrupted")
+    (slow,) = (run for run in plan_experiment("mine").run_ids if run.startswith("lora"))
+    (quick,) = (run for run in plan_experiment("mine").run_ids if run.startswith("ia3"))
+    state_folder(run_folder(quick)).mkdir(parents=True)
+    (state_folder(run_folder(quick)) / "checkpoint-00000001-0.pt").touch()
+    outcome = run_sweep("mine", refuse)
+    told = capfd.readouterr().err
+    assert outcome.left == 2 and told.count("wrote no checkpoint in time") == 1
+    assert told.index(slow) < told.index("wrote no checkpoint in time") < told.index(quick)
+    assert len(runs.seen) == 3

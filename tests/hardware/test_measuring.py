@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import time
@@ -15,15 +16,17 @@ from conftest import run_here
 
 from peftscope.data.batching import tokenise, training_batches
 from peftscope.data.tasks import read_split
+from peftscope.execution import way
 from peftscope.execution.provenance import _card
 from peftscope.hardware import meter as meters
 from peftscope.hardware.cards import CONTEXT_BYTES, GIB
 from peftscope.hardware.meter import CudaMeter, Meter, PeakSampler, is_out_of_memory, limited_memory, paged_bytes
 from peftscope.hardware.nvml import find_card, other_processes, reading, used_bytes
+from peftscope.record import Memory
 from peftscope.spec import RunSpec
 from peftscope.training.build import build_model, seed_everything
 from peftscope.training.ceilings import count_work, measure_ceilings
-from peftscope.training.checkpoint import Checkpoints
+from peftscope.training.checkpoint import Checkpoints, page_states
 from peftscope.training.load import load_base, load_tokenizer
 from peftscope.training.log import TrainingLog
 from peftscope.training.loop import train
@@ -39,6 +42,38 @@ def test_a_library_without_memory_is_out_of_memory() -> None:
     assert not is_out_of_memory(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"))
     assert not is_out_of_memory(RuntimeError(""))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_a_library_that_cannot_begin_on_a_full_card_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
+    begins = [RuntimeError(f"{name}_STATUS_NOT_INITIALIZED when calling it") for name in ("CUBLAS", "CUDNN")]
+    for free, said in ((100 * MIB, True), (8 * GIB, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 16 * GIB))
+        assert [is_out_of_memory(error) for error in begins] == [said, said]
+
+
+def test_a_good_run_stays_good_where_a_full_card_has_no_room_to_measure(
+    toy: Path, make_spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(way, "probe_training", full)
+    on_card = make_spec(method="lora").model_copy(update={"device": "cuda"})
+    phases: Any = SimpleNamespace(memory=Memory(), phase=lambda name: contextlib.nullcontext())
+    batch: Any = SimpleNamespace(to=lambda device: None)
+    way._probe(on_card, phases, SimpleNamespace(model=None), SimpleNamespace(training=batch, heldout=None))
+    assert phases.memory.forward_peak_tensor_bytes is None
+
+    times = way.time_passes
+    monkeypatch.setattr(way, "time_passes", lambda model, spec: times(model, spec) if is_adapted(model) else full())
+    monkeypatch.setattr(way, "measure_ceilings", full)
+    is_base = iter([True])
+    is_adapted = lambda model: next(is_base, False) or hasattr(model, "peft_config")  # noqa: E731
+    spec = make_spec(method="lora", latency_tokens=2, generation_items=0, retention_tokens=0, probe_steps=0, steps=2)
+    record = run_here(spec, tmp_path)
+    assert record.status == "ok" and record.latency and record.ceilings.dtype is None
+    assert {name.partition("_")[0] for name in record.latency} == {"base", "apart"}
 
 
 class Nvml:
@@ -156,6 +191,31 @@ def test_paged_states_are_counted_and_others_are_not() -> None:
     paged.is_paged = True
     optimizer: Any = SimpleNamespace(state={"a": {"state1": paged, "state2": plain, "step": 3}, "b": {"state1": paged}})
     assert paged_bytes(optimizer) == 800
+
+
+def test_paged_states_are_paged_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes
+
+    def paged(self: Any, parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        state = torch.zeros_like(parameter, dtype=dtype)
+        state.is_paged = self.is_paged  # managed memory stays on the host's side, for torch
+        return state
+
+    monkeypatch.setattr(bitsandbytes.optim.optimizer.Optimizer8bit, "get_state_buffer", paged)
+    monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", lambda *_, **__: None)
+    optimizers = []
+    for _ in range(2):
+        weights = torch.nn.Parameter(torch.ones(400, 400))
+        weights.grad = torch.full_like(weights, 0.1)
+        optimizers.append(bitsandbytes.optim.PagedAdamW8bit([weights]))
+    before, after = optimizers
+    before.step()
+    after.load_state_dict(before.state_dict())
+    page_states(after)
+    (old,), (new,) = before.state.values(), after.state.values()
+    assert paged_bytes(after) == paged_bytes(before) > 0
+    assert torch.equal(old["state1"], new["state1"]) and new["state1"].any()
+    after.step()
 
 
 def model_of(spec: RunSpec) -> TrainedModel:

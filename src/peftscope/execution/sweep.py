@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from peftscope.errors import InputError, Problem, raise_any
@@ -22,7 +23,7 @@ from peftscope.planning.checks import inputs
 from peftscope.planning.disk import check_disk
 from peftscope.planning.plan import Plan, plan_experiment
 from peftscope.planning.sweep import Sweep
-from peftscope.record import finished_record, read_record
+from peftscope.record import finished_record, read_record, state_folder
 from peftscope.spec import RunSpec, run_id
 from peftscope.words import spoken_time
 
@@ -65,7 +66,12 @@ def run_sweep(name: str, choose: Callable[[Sweep], Path], minutes: float | None 
     _say(f"{name}: {len(ended)} of {len(expected)} runs done before")
     while True:
         for identity in [identity for identity in plan.run_ids if identity not in ended]:
-            spec, left = plan.sweep.runs[identity], [expected[run] for run in expected if run not in ended]
+            spec = plan.sweep.runs[identity]
+            if package := missing_package(spec):
+                _say(f"{identity}: skipped, it needs the package {package}")
+                ended.add(identity)
+                continue
+            left = [expected[run] for run in expected if run not in ended]
             room = deadline - time.monotonic()
             if room <= 0 or (taken and run_seconds(spec) * taken / estimated > room):
                 outcome.left += len(left)
@@ -81,6 +87,8 @@ def run_sweep(name: str, choose: Callable[[Sweep], Path], minutes: float | None 
             estimated, taken = estimated + run_seconds(spec), taken + time.monotonic() - began
             ended.add(identity)
             _say(f"  {status} after {spoken_time(time.monotonic() - began)}")
+            if status == "interrupted" and not any(state_folder(run_folder(identity)).rglob("checkpoint-*.pt")):
+                _say("  it wrote no checkpoint in time, and starts again: give it more --minutes")
             outcome.failed += [identity] if status == "failed" else []
             outcome.left += status == "interrupted"
         if not plan.is_study or outcome.left:
@@ -90,6 +98,15 @@ def run_sweep(name: str, choose: Callable[[Sweep], Path], minutes: float | None 
         ended, expected = ended | _finished(plan), _expected(plan)
         if chosen == before and ended.issuperset(plan.run_ids):
             return outcome
+
+
+def missing_package(spec: RunSpec) -> str:
+    """Returns the package that a run needs and that is not installed; empty if none is."""
+    needed = {
+        "flash_attn": spec.attention == "flash_attention_2",
+        "bitsandbytes": bool(spec.method.quantization()) or spec.optimizer not in ("adamw", "sgd"),
+    }
+    return next((name for name, needs in needed.items() if needs and find_spec(name) is None), "")
 
 
 def _finished(plan: Plan) -> set[str]:

@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +28,7 @@ from peftscope.execution.start import continue_adapter, merged_start
 from peftscope.files.manifest import file_sha256
 from peftscope.hardware.bf16 import chosen_way
 from peftscope.hardware.device import processor_name
+from peftscope.hardware.meter import if_room
 from peftscope.memory.predict import code_digest, predict_or_nothing
 from peftscope.memory.probe import probe_evaluation, probe_training
 from peftscope.memory.tracker import MemoryTracker, tensors_of
@@ -151,14 +152,15 @@ def run_phases(
         record.files = _checksums(folder)
     _probe(spec, phases, trained, widest)
     for state in ("apart", "merged"):
-        timings |= _time_latency(spec, phases, model, state)
+        with if_room():
+            timings |= _time_latency(spec, phases, model, state)
     if trains and alone and not phases.turns:
         record.ceilings = _measure_ceilings(spec, phases)
 
 
 def _measure_ceilings(spec: RunSpec, phases: Phases) -> Ceilings:
     """Returns the rates of the device; none where a model leaves no room on a card. The run is valid without them."""
-    with phases.phase("ceilings"), suppress(torch.OutOfMemoryError):
+    with phases.phase("ceilings"), if_room():
         return measure_ceilings(spec)
     return Ceilings()
 
@@ -349,7 +351,7 @@ def _probe(spec: RunSpec, phases: Phases, trained: TrainedModel, widest: _Widest
         return
     on_cpu = spec.device == "cpu"
     # A full card may have no room for another optimizer; the run is good all the same.
-    with phases.phase("probe"), nullcontext() if on_cpu else suppress(torch.OutOfMemoryError):
+    with phases.phase("probe"), nullcontext() if on_cpu else if_room():
         if on_cpu:
             with attention(trained.model, spec.attention):
                 memory.evaluate.peak_tensor_bytes = probe_evaluation(trained.model, widest.heldout, spec)

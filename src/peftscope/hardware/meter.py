@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -153,6 +154,16 @@ def allocator_settings() -> str | None:
     return ask() if ask else None
 
 
+@contextlib.contextmanager
+def if_room() -> Iterator[None]:
+    """Ends this context early, without an error, where memory runs out: a good run can lack what is measured in it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+
+
 def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Returns the bytes of bitsandbytes' paged states. They are managed memory, which torch does not count."""
     states = [value for state in optimizer.state.values() for value in state.values()]
@@ -160,8 +171,14 @@ def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in paged)
 
 
+LEAST_FREE_BYTES = 2**29
+"""cuBLAS and cuDNN do not say why they cannot begin; with less than this left on the card, it is for lack of memory."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that the card or the host is out of memory."""
+    if re.search(r"CU(BLAS|DNN)_STATUS_NOT_INITIALIZED", str(error)):
+        return torch.cuda.mem_get_info()[0] < LEAST_FREE_BYTES
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc")
     # Where nothing at all is left, torch has no memory for its own message either, and cuts it after 15 characters.
     cut = "[enforce fail at alloc_cpu.cpp".startswith(str(error)[:30] or "?")

@@ -166,7 +166,8 @@ def _values(runs: pd.DataFrame, column: str) -> str:
 
 
 def _warnings(runs: pd.DataFrame) -> list[str]:
-    cards = ", ".join(card for card in runs["gpu"].dropna().unique() if without_bf16(card))
+    known = runs.reindex(columns=["gpu", "compute_capability", "system"]).dropna(subset="gpu").drop_duplicates()
+    cards = listed(sorted({gpu for gpu, version, _ in known.itertuples(index=False) if without_bf16(gpu, version)}))
     lost, waiting = int((~runs["status"].isin(["ok", "missing"])).sum()), int((runs["status"] == "missing").sum())
     said = {
         f"This is not finished: at least {waiting} of {len(runs)} runs are left.": waiting,
@@ -181,6 +182,8 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
             runs["bf16_products"].nunique() > 1
         ),
         f"{cards} computes no bf16 products itself: compare the memory of these runs, not their times.": cards,
+        "Some of these runs were under WSL2, which may move a card's memory to the host instead of running out: what "
+        "fitted there, and how long it took, decides no claim.": known["system"].astype(str).str.contains("WSL2").any(),
         f"{lost} of {len(runs)} runs did not end well; see the table of all runs. In a comparison, a run that diverged "
         "counts with the loss of the untouched base.": lost,
     }

@@ -148,6 +148,7 @@ class Checkpoints:
                     own_share(parameter.data).copy_(state["parameters"][name])
         self._spec.method.load_training_state(now.model, state["method"])
         now.optimizer.load_state_dict(as_shares(state["optimizer"], now.optimizer))
+        page_states(now.optimizer)
         now.schedule.load_state_dict(state["schedule"])
         for name, value in state["log"].items():
             setattr(now.log, name, value)
@@ -156,6 +157,15 @@ class Checkpoints:
     def _files(self) -> list[Path]:
         """Returns all checkpoints, the newest first."""
         return sorted(self._folder.glob("checkpoint-*.pt"), reverse=True)
+
+
+def page_states(optimizer: Any) -> None:
+    """Puts states back into managed memory: bitsandbytes 0.50.2 restores paged ones as tensors on the card."""
+    for parameter, states in optimizer.state.items() if getattr(optimizer, "is_paged", False) else ():
+        for name in ("state1", "state2"):
+            if name in states:
+                buffer = optimizer.get_state_buffer(parameter, dtype=states[name].dtype)
+                states[name] = buffer.copy_(states[name])
 
 
 def write_kept(path: Path, model: Any) -> None:

@@ -14,6 +14,7 @@ from peftscope.analysis.cards import Row, find_run, quartiles, read_cards
 from peftscope.analysis.stats import median_ratio_interval
 from peftscope.claims.measurement import Measurement, NotRunError, Quantity
 from peftscope.hardware.cards import without_bf16
+from peftscope.hardware.device import WSL
 from peftscope.layout import PUBLISHED_RESULTS, RESULTS
 
 MODEL = "llama-2-7b"
@@ -65,6 +66,11 @@ def latency_ratio(
     return _most_extreme([run], batch_sizes, ratios, "largest", MODEL, measured)
 
 
+def _decides(row: Row) -> bool:
+    """Returns whether a card computed bf16 itself, under a driver that lets it run out of memory."""
+    return not without_bf16(row["gpu"], row.get("compute_capability")) and WSL not in str(row.get("system"))
+
+
 def _most_extreme(
     runs: list[Run],
     batch_sizes: tuple[int, ...],
@@ -80,9 +86,10 @@ def _most_extreme(
     every = read_cards(map(Path, FOLDERS))
     if not every:
         raise NotRunError("no run on a CUDA card; run make gpu-check on a machine with one")
-    cards = {card: rows for card, rows in every.items() if not without_bf16(card)}
+    cards = {card: kept for card, rows in every.items() if (kept := [row for row in rows if _decides(row)])}
     if not cards:
-        raise NotRunError(f"{', '.join(every)} computes no bf16 products itself: its memory counts, its times do not")
+        why = "no bf16 products of its own, or WSL2, so that its times do not count"
+        raise NotRunError(f"{', '.join(every)}: {why}")
     for card, rows in cards.items():
         tried = {
             size: [find_run(rows, model, run | {"batch_size": size}, measured=measured) for run in runs]
