@@ -170,16 +170,15 @@ def test_a_package_that_is_not_there_has_no_version() -> None:
 
 
 @pytest.mark.slow
-def test_runs_that_need_a_package_fail_and_the_others_go_on(own, tmp_path: Path) -> None:
+def test_runs_that_need_a_package_are_skipped_and_the_others_go_on(own, tmp_path: Path) -> None:
     own("mine", f"{SHORT}axes: {{method: [qlora, lora]}}\n")
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['bitsandbytes'] = None\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     done = in_one_process("sweep mine", env=environment)
-    assert done.returncode == 1 and "1 failed" in done.stdout, done.stderr
+    assert done.returncode == 0 and "skipped, it needs the package bitsandbytes" in done.stderr, done.stderr
     found = map(read_record, Path("results/runs").glob("*/record.json"))
     records = {record.spec.method.name: record for record in found}
-    assert {name: record.status for name, record in records.items()} == {"qlora": "failed", "lora": "ok"}
-    assert "bitsandbytes" in records["qlora"].reason
+    assert {name: record.status for name, record in records.items()} == {"lora": "ok"}
 
 
 @pytest.mark.slow
