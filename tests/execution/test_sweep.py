@@ -207,6 +207,7 @@ def test_a_run_whose_package_is_missing_is_skipped_and_the_sweep_ends(
     write_experiment: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_experiment("mine", PACKED)
+    monkeypatch.setenv("PEFTSCOPE_DEVICE", "cuda")
     runs = Runs(monkeypatch)
     monkeypatch.setattr(sweep, "find_spec", lambda package: None)
     for _ in range(2):

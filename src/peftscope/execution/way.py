@@ -356,7 +356,7 @@ def _probe(spec: RunSpec, phases: Phases, trained: TrainedModel, widest: _Widest
             with attention(trained.model, spec.attention):
                 memory.evaluate.peak_tensor_bytes = probe_evaluation(trained.model, widest.heldout, spec)
         if widest.training is not None and not spec.compile:
-            peaks, memory.resident_tensor_bytes = probe_training(trained, widest.training, spec)
+            peaks, memory.resident_tensor_bytes = probe_training(trained, widest.training.to(spec.device), spec)
             if on_cpu:
                 memory.train.peak_tensor_bytes = max(peaks.values())
             memory.forward_peak_tensor_bytes = peaks["forward"]
