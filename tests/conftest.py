@@ -242,7 +242,8 @@ def make_spec() -> Callable[..., Any]:
     def make(**values: Any) -> Any:
         short = {"model": "toy", "task": "two-digit-sums", "seed": 0, "steps": 6, "batch_size": 8, "untimed_steps": 1}
         short |= {"heldout_items": 16, "generation_items": 4, "eval_batch_size": 8, "retention_tokens": 64}
-        return Resolver(Experiment(), Path("test.yaml")).spec({**short, **values}, "test.yaml")
+        device = values.pop("device", "cpu")
+        return Resolver(Experiment(), Path("test.yaml"), device).spec({**short, **values}, "test.yaml")
 
     return make
 
@@ -321,3 +322,10 @@ def calculator() -> Path:
 
     main()  # fails for a page that is too large
     return PAGE
+
+
+def pretending(**card: Any) -> dict[str, str]:
+    """Returns the environment in which a process has the pretended card, with these fields of its own."""
+    folder = REPOSITORY / "tests" / "pretended"
+    own = {"PYTHONPATH": str(folder), "PRETENDED_CARD": json.dumps(card), "PEFTSCOPE_DEVICE": "cuda"}
+    return {**os.environ, **own, "OMP_NUM_THREADS": "1"}

@@ -76,7 +76,7 @@ def test_a_record_of_the_card_corrects_the_prediction(write_experiment) -> None:
     shape = find_model(spec.model).shape
     assert shape is not None
     before, elsewhere = Forecaster(card).seconds(spec), Forecaster(other).seconds(spec)
-    seconds = 2 * spec.steps * Forecaster(card)._step(spec, shape).seconds
+    seconds = 2 * spec.steps * Forecaster(card).step(spec, shape).seconds
     provenance = {"hardware": {"gpu": "NVIDIA A100-SXM4-40GB"}}
     record = RunRecord(run_id=run_id(spec), status="ok", spec=spec, seconds=Seconds(train=seconds, wall=seconds))
     record = record.model_copy(update={"provenance": provenance})

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from peftscope.hardware.cards import PRETENDED
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import METHOD_OPTIONS, SPEC_OPTIONS, ask
 from peftscope.spec import RunSpec
@@ -21,7 +22,8 @@ Row = dict[str, Any]
 
 
 def read_cards(folders: Iterable[Path]) -> dict[str, list[Row]]:
-    """Returns the rows of runs on random weights by the name of their card; rows of processors are ignored.
+    """Returns the rows of runs on random weights by the name of their card; rows of processors are ignored, even
+    of one that stands in for a card.
 
     Args:
         folders: The folders whose subfolders have a ``runs.csv``. A run that two of them have counts once.
@@ -31,6 +33,7 @@ def read_cards(folders: Iterable[Path]) -> dict[str, list[Row]]:
         if "device" not in table or not (table["device"] == "cuda").any():
             continue
         table = table[(table["device"] == "cuda") & (table["task"] == TASK) & table["status"].isin(["ok", "oom"])]
+        table = table[~table["gpu"].astype(str).str.startswith(PRETENDED)]
         for row in table.astype(object).where(table.notna(), None).to_dict("records"):
             cards.setdefault(str(row["gpu"]), {}).setdefault(str(row["run_id"]), row)
     return {card: list(rows.values()) for card, rows in sorted(cards.items())}

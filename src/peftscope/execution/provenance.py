@@ -18,6 +18,7 @@ from peftscope.data.tasks import task_folder
 from peftscope.evaluation.retention import PROSE_SHA256
 from peftscope.files.manifest import read_manifest
 from peftscope.hardware.bf16 import chosen_way
+from peftscope.hardware.cards import PRETENDED
 from peftscope.hardware.device import driver_version, processor_name, system_name
 from peftscope.hardware.meter import allocator_settings, pci_address
 from peftscope.hardware.nvml import driver_reserve_bytes, find_card, other_processes, reading, used_bytes
@@ -91,7 +92,8 @@ def hardware(device: str, rank: int = 0) -> dict[str, Any]:
     }
     if device == "cuda":
         card = torch.cuda.get_device_properties(rank)
-        facts |= {"gpu": card.name, "gpu_memory_bytes": card.total_memory, "cuda": torch.version.cuda}
+        name = f"{PRETENDED} {card.name}" if torch.version.cuda == PRETENDED else card.name
+        facts |= {"gpu": name, "gpu_memory_bytes": card.total_memory, "cuda": torch.version.cuda}
         facts |= {"compute_capability": f"{card.major}.{card.minor}", "driver": driver_version()}
     return facts
 

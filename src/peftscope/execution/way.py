@@ -152,8 +152,7 @@ def run_phases(
         record.files = _checksums(folder)
     _probe(spec, phases, trained, widest)
     for state in ("apart", "merged"):
-        with if_room():
-            timings |= _time_latency(spec, phases, model, state)
+        timings |= _time_latency(spec, phases, model, state)
     if trains and alone and not phases.turns:
         record.ceilings = _measure_ceilings(spec, phases)
 
@@ -365,14 +364,15 @@ def _probe(spec: RunSpec, phases: Phases, trained: TrainedModel, widest: _Widest
 
 
 def _time_latency(spec: RunSpec, phases: Phases, model: Any, state: str) -> dict[str, Timing]:
-    """Returns the latency of a model in a state, if the spec asks for it. The state ``merged`` ends the model."""
+    """Returns a model's latency in a state, if the spec asks for it and there is room. ``merged`` ends the model."""
     if not spec.latency_tokens:
         return {}
-    with phases.phase("latency"):
+    with phases.phase("latency"), if_room():
         if state == "merged":
             with warnings.catch_warnings(action="ignore"):  # of 4-bit sums: here, only their time counts
                 model = model.merge_and_unload()
         return {f"{state}_{name}": timing for name, timing in time_passes(model, spec).items()}
+    return {}
 
 
 def _batches(data: _Data, spec: RunSpec) -> Iterator[Batch]:

@@ -21,6 +21,9 @@ CUBLAS_HOPPER_BYTES = 32 * MIB
 AMPERE, HOPPER = 8.0, 9.0
 """The compute capabilities from which on a card has products of bf16 and flash attention, and the larger workspace."""
 
+PRETENDED = "pretended"
+"""The CUDA of a processor that stands in for a card in tests. The card's name in its records begins so."""
+
 OLDER_BUILD = "rm -r .venv && make setup TORCH_INDEX=ADDRESS, for CUDA 12.6 on pytorch.org's install page"
 """The command that installs a torch for older drivers and cards."""
 

@@ -144,7 +144,7 @@ class Forecaster:
         ]
         same = [one for one in here if one[1].method.name == spec.method.name]
         return [
-            record["seconds"]["train"] / (before.steps * self._step(before, shape).seconds)
+            record["seconds"]["train"] / (before.steps * self.step(before, shape).seconds)
             for record, before, shape in same or here
         ]
 
@@ -157,7 +157,7 @@ class Forecaster:
         if shape is None:
             rates = Rates(self.speed.bf16_flops, self.speed.memory_bytes, casts=False)
             return estimate.estimate_seconds(spec, lambda _: rates)
-        step = self._step(spec, shape)
+        step = self.step(spec, shape)
         training = spec.steps * step.seconds if spec.method.trains else 0.0
         token = step.forward_seconds * spec.gradient_accumulation / step.tokens
         seconds = training + estimate.evaluated_tokens(spec) * token
@@ -166,7 +166,7 @@ class Forecaster:
         seconds += START_SECONDS + 2 * shape.parameters / LOAD_BYTES_PER_SECOND
         return seconds + spec.method.initialisation_seconds(shape)
 
-    def _step(self, spec: RunSpec, shape: ModelShape) -> StepTime:
+    def step(self, spec: RunSpec, shape: ModelShape) -> StepTime:
         """Returns the time of a step of usual length on each card."""
         length = spec.seq_len if spec.packing else max(1, round(min(spec.seq_len, PADDING * item_tokens(spec.task))))
         each = {"batch_size": max(1, spec.batch_size // spec.shards), "seq_len": length}

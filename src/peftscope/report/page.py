@@ -22,6 +22,7 @@ from peftscope.planning.plan import Plan
 from peftscope.record import measured_path
 from peftscope.report.capacity import SENTENCE as CAPACITY
 from peftscope.report.capacity import capacity_answer
+from peftscope.report.card import card_runs, card_summary, readable_card
 from peftscope.report.memory import CARDS
 from peftscope.report.parts import PARTS
 from peftscope.report.plots import draw_figure
@@ -88,7 +89,8 @@ def write_report(experiment: str) -> Path:
         figures, answers = figures + answers, []
     memory = runs["host_memory_bytes"].dropna()
     tables = {path.stem: path.read_text() for path in (folder / "tables").glob("*.html")}
-    beside = {"limits": limited_runs(runs), "latency": latencies(runs)}
+    card = card_runs(runs)
+    beside = {"limits": limited_runs(runs), "latency": latencies(runs), "card": readable_card(card)}
     if weights_path(folder).is_file():
         beside |= {"measured": updates_table(experiment), "cuts": cuts_table(experiment)}
     return write_page(
@@ -102,6 +104,7 @@ def write_report(experiment: str) -> Path:
         script=asset("report.js"),
         figures=figures,
         answers=answers,
+        agreed=card_summary(card),
         tables=tables | {name: html(table, name) for name, table in beside.items()},
         left_out=_left_out(runs),
         fewest=FEWEST_FOR_MEANS,

@@ -15,6 +15,7 @@ from peftscope.claims.ledger import read_history, read_ledger
 from peftscope.claims.stored import read_findings, unexplained_changes
 from peftscope.errors import InputError, Problem, raise_any
 from peftscope.files.atomic import write_json
+from peftscope.hardware.cards import PRETENDED
 from peftscope.layout import (
     CLAIMS_HISTORY,
     CLAIMS_PAGE,
@@ -123,6 +124,9 @@ def publish_experiment(experiment: str) -> list[Path]:
     if gone := [run for run in runs if not (run / "record.json").is_file()]:
         remedy = f"remove {source} and {page.parent}, then make report EXPERIMENT={experiment}"
         raise InputError(Problem(str(gone[0]), "this run is missing here", remedy))
+    if ended["gpu"].astype(str).str.startswith(PRETENDED).any():
+        remedy = "run it on a card; what stands in for one in tests proves nothing"
+        raise InputError(Problem(str(source), "its card is a pretended one", remedy))
     _check_sizes([page, *wanted])
     _copy([page], page.parent, report)
     _copy(wanted, source, results)
