@@ -1,6 +1,8 @@
 # Every target sets up .venv by itself. The ones to know: make report, make test.
 
 PYTHON ?= python3
+# Notebooks lack venv, and bring a torch: python3 -m virtualenv --system-site-packages.
+MAKE_VENV ?= $(PYTHON) -m venv
 EXPERIMENT ?= quick
 CORES ?= all
 # How to run: on this machine, with so many cards, and cores for each job; or PROFILE=slurm, whose plugin slows every start
@@ -61,7 +63,7 @@ setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+	$(MAKE_VENV) $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar on '$(TORCH)' $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)')
 	$(BIN)/python -m pip install --quiet --progress-bar on --require-hashes --no-deps \
 	  --only-binary :all: --no-binary $(SOURCE_ONLY) -r requirements.lock

@@ -17,11 +17,13 @@ from peftscope.analysis.cards import find_run
 from peftscope.analysis.collect import row_of
 from peftscope.claims.evaluate import evaluate_part
 from peftscope.claims.verdict import Verdict
+from peftscope.layout import record_path
 from peftscope.memory.base import describe_model
 from peftscope.memory.question import ask
 from peftscope.planning.published import all_published_records, write_runs
 from peftscope.planning.sweep import expand
 from peftscope.record import Memory, PhaseMemory, PredictedMemory, RunRecord, Speed, Timing, parse_record, write_record
+from peftscope.report.publish import publish_experiment
 from peftscope.spec import RunSpec, run_id
 from peftscope.words import spoken_bytes
 
@@ -271,6 +273,24 @@ def test_a_published_folder_of_a_card_decides_claims(
     verdicts = {claim: evaluate_part(part) for claim, part in found.items()}
     assert verdicts["S71"].verdict == Verdict.HOLDS and verdicts["S71"].known == "on a card"
     assert verdicts["S74"].verdict == Verdict.NOT_RUN
+
+
+def test_whatever_ended_on_a_card_is_published_under_its_name_and_the_page_says_what_agreed(
+    sound: dict[str, Any], workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("experiments", "src"):
+        (tmp_path / name).symlink_to(workspace / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PEFTSCOPE_DEVICE", "cuda")
+    made = {"made_at": "2026-11-26", "licence": "none", "sha256": {}}
+    sound["provenance"] |= {"model": sound["provenance"]["model"] | made, "task": {"name": "filler", **made}}
+    record = RunRecord(**sound)
+    write_record(record_path(record.run_id), record)
+    (record_path(record.run_id).parent / "items.jsonl").touch()
+    results, report = publish_experiment("gpu-check")
+    assert results == Path("results/published/gpu-check-nvidia-geforce-rtx-4090") and (results / "runs.csv").is_file()
+    page = (report / "report.html").read_text()
+    assert "What agreed" in page and "Tensors: 1 of 1 peaks lie within 2 % of the predicted." in page
 
 
 def test_a_run_is_found_by_the_options_of_its_tuner() -> None:

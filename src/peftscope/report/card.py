@@ -29,7 +29,7 @@ def card_runs(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, (_, run) in zip(variants(trained), trained.iterrows(), strict=True):
         spec = read_record(record_path(run["run_id"])).spec
-        card = measured_card(run["gpu"], int(run["gpu_memory_bytes"]), float(run["compute_capability"]))
+        card = measured_card(run["gpu"], int(run["gpu_memory_bytes"]), float(run.fillna(0)["compute_capability"]))
         shape, row = find_model(spec.model).shape, {"run": f"{run['model']}, {name}", "seed": run["seed"]}
         for peak, column in PEAKS.items():
             row |= {peak: run[column], f"{peak}, predicted": run[f"predicted_{column}"]}

@@ -5,6 +5,7 @@ No rule of the workflow writes or reads these folders, so a fresh clone runs the
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from peftscope.claims.stored import read_findings, unexplained_changes
 from peftscope.errors import InputError, Problem, raise_any
 from peftscope.files.atomic import write_json
 from peftscope.hardware.cards import PRETENDED
+from peftscope.hardware.device import detect_device
 from peftscope.layout import (
     CLAIMS_HISTORY,
     CLAIMS_PAGE,
@@ -97,18 +99,24 @@ def publish_memory() -> list[Path]:
 
 
 def publish_experiment(experiment: str) -> list[Path]:
-    """Copies runs, tables, figures and report, and returns the two folders.
+    """Copies runs, tables, figures and report, and returns the two folders, which a card's results share with no other.
 
-    Of an unfinished study these are what its finished runs and arms give, so that ``restore`` can continue it.
+    Of an unfinished study these are what its finished runs and arms give, so that ``restore`` can continue it. Of an
+    experiment on a card they are what has ended.
 
     Raises:
         InputError: Nothing has run, a published run or figure is missing here, or a file is too large to commit.
     """
     experiment_path(experiment)
     source, page = results_folder(experiment), report_path(experiment)
-    results, report = PUBLISHED_RESULTS / experiment, PUBLISHED_REPORTS / experiment
     if not (source / "all-runs-ended-well").is_file():
         _write_unfinished(experiment)
+    ended = read_runs(experiment).query("status not in ['missing', 'interrupted']")
+    if ended["gpu"].astype(str).str.startswith(PRETENDED).any():
+        remedy = "run it on a card; what stands in for one in tests proves nothing"
+        raise InputError(Problem(str(source), "its card is a pretended one", remedy))
+    name = "-".join([experiment, *(re.sub(r"\W+", "-", card.lower()) for card in sorted(set(ended["gpu"].dropna())))])
+    results, report = PUBLISHED_RESULTS / name, PUBLISHED_REPORTS / name
     directions = directions_path(experiment)
     if (before := results / directions.name).is_file() and not directions.is_file():
         shutil.copyfile(before, directions)  # what claims measured on a study's adapters, which are not here
@@ -119,14 +127,10 @@ def publish_experiment(experiment: str) -> list[Path]:
         *(path for kind in ("csv", "parquet", "md") for path in sorted(source.glob(f"tables/*.{kind}"))),
         *sorted(source.glob("figures/*.svg")),
     ]
-    ended = read_runs(experiment).query("status not in ['missing', 'interrupted']")
     runs = [run_folder(run) for run in ended["run_id"]]
     if gone := [run for run in runs if not (run / "record.json").is_file()]:
         remedy = f"remove {source} and {page.parent}, then make report EXPERIMENT={experiment}"
         raise InputError(Problem(str(gone[0]), "this run is missing here", remedy))
-    if ended["gpu"].astype(str).str.startswith(PRETENDED).any():
-        remedy = "run it on a card; what stands in for one in tests proves nothing"
-        raise InputError(Problem(str(source), "its card is a pretended one", remedy))
     _check_sizes([page, *wanted])
     _copy([page], page.parent, report)
     _copy(wanted, source, results)
@@ -138,9 +142,11 @@ def publish_experiment(experiment: str) -> list[Path]:
 
 
 def _write_unfinished(experiment: str) -> None:
-    """Collects the finished runs of a study, chooses the rates that follow from them, and writes the page."""
-    sweep = expand(experiment)
-    if not sweep.experiment.study or not any(record_path(run).is_file() for run in sweep.runs):
+    """Collects the finished runs, chooses the rates that follow from them in a study, and writes the page."""
+    device = detect_device()
+    sweep = expand(experiment, device)
+    in_parts = sweep.experiment.study or device == "cuda"
+    if not in_parts or not any(record_path(run).is_file() for run in sweep.runs):
         message, remedy = "the experiment is not finished", f"make report EXPERIMENT={experiment}"
         raise InputError(Problem(str(results_folder(experiment)), message, remedy))
     sweep = choose_for_finished(sweep)
