@@ -38,7 +38,7 @@ TREATMENTS = {
     r"python -m http\.server .*": "help",
     r"hf auth login": "help",
     # Says what it would do.
-    r"make (setup|test|report|publish|claims|gpu-check|scorecard|peft-comparison|site)( [A-Z]+=\S+)*": "dry",
+    r"make (setup|test|report|publish|claims|gpu-first|gpu-check|scorecard|peft-comparison|site)( [A-Z]+=\S+)*": "dry",
     r"snakemake --cores all": "dry",
     # The same of another experiment.
     r"snakemake --cores all --config experiment=\S+": "files",
