@@ -26,7 +26,8 @@ from peftscope.report.publish import publish
 from peftscope.report.spoken import spoken_finding, told
 from peftscope.report.svg import interval
 
-CHECK = "counts.full_to_low_rank_ratio"
+CHECK = "counts.quotient"
+FACTORS = "counts.factor_values"
 ENTRY: dict[str, Any] = {
     "id": "S13",
     "section": "Low-rank algebra",
@@ -39,7 +40,7 @@ ENTRY: dict[str, Any] = {
             "kind": "arithmetic",
             "quotes": "255 times fewer",
             "measures": "values of the matrix over values of its factors",
-            CHECK: {"rows": 4096, "columns": 4096, "rank": 8},
+            CHECK: {"numerator": 16777216, "denominator": 65536},
             "rule": {"equals": 255},
         }
     ],
@@ -81,10 +82,10 @@ def without(*names: str) -> dict[str, Any]:
         ({"parts": []}, "S13.parts: "),
         ({"parts": [without(CHECK) | {"counts.nothing": {}}]}, "S13.parts[0].counts.nothing: no such check"),
         ({"parts": [without(CHECK) | {"check": CHECK}]}, "S13.parts[0].check: unknown key"),
-        ({"parts": [PART | {"counts.quotient": {}}]}, "S13.parts[0]: must have one check"),
-        ({"parts": [PART | {CHECK: {"rows": 1}}]}, f"S13.parts[0].{CHECK}.rank: Field required"),
+        ({"parts": [PART | {FACTORS: {}}]}, "S13.parts[0]: must have one check"),
+        ({"parts": [PART | {CHECK: {"numerator": 1}}]}, f"S13.parts[0].{CHECK}.denominator: Field required"),
         ({"parts": [PART | {CHECK: 8}]}, "S13.parts[0].its.parameters: "),
-        ({"parts": [PART | {CHECK: {"rows": 4, "columns": 4, "rank": -1}}]}, f"parts[0].{CHECK}.rank: "),
+        ({"parts": [without(CHECK) | {FACTORS: {"rows": 4, "columns": 4, "rank": -1}}]}, f"parts[0].{FACTORS}.rank: "),
         ({"parts": [without("kind")]}, f"S13.parts[0]: has no kind, and `checks` gives none to {CHECK}"),
         ({"parts": [PART | {"rule": {"equals": 1, "at_least": 2}}]}, "S13.parts[0].rule: must have one of"),
         ({"parts": [without("rule")], "rule": {"equals": 1, "at_least": 2}}, "S13.rule: must have one of"),
@@ -288,7 +289,7 @@ def test_it_says_how_it_is_known() -> None:
 
 
 def test_a_claim_is_told_with_its_verdict_and_every_number_that_decides(tmp_path: Path) -> None:
-    other = PART | {CHECK: {"rows": 8, "columns": 8, "rank": 2}, "rule": {"equals": 2}}
+    other = PART | {CHECK: {"numerator": 64, "denominator": 32}, "rule": {"equals": 2}}
     (claim,) = ledger_of(tmp_path, ENTRY | {"parts": [*ENTRY["parts"], other]})
     (finding,) = evaluate([claim])
     said = told(finding.to_json("a processor"), claim.statement)
@@ -375,19 +376,18 @@ def test_another_file_is_refused_as_claims(text: str, tmp_path: Path) -> None:
 
 
 def test_what_is_measured_anew_is_not_taken_from_another_claim(tmp_path: Path) -> None:
-    """S88 and P21 share a check; a file on P21 alone has its measurement."""
-    (p21,) = (deepcopy(finding) for finding in published_findings() if finding["id"] == "P21")
-    for each in p21["parts"]:
-        each["found"] = 0.5 if each["check"] == "counts.operations_ratio" else each["found"]
-    (tmp_path / "claims.json").write_text(json.dumps([p21]))
+    """S19 and S25 share a check; a file on S19 alone has its measurement."""
+    (s19,) = (deepcopy(finding) for finding in published_findings() if finding["id"] == "S19")
+    s19["parts"][0]["found"] = 0.5
+    (tmp_path / "claims.json").write_text(json.dumps([s19]))
     ledger = tuple(claims().values())
 
-    def ratio(anew: list[str]) -> float:
-        (finding,) = _measure([claims()["P21"]], ledger, tmp_path / "claims.json", anew)
-        return next(each["found"] for each in finding["parts"] if each["check"] == "counts.operations_ratio")
+    def shift(anew: list[str]) -> float:
+        (finding,) = _measure([claims()["S19"]], ledger, tmp_path / "claims.json", anew)
+        return finding["parts"][0]["found"]
 
-    assert ratio([]) == 0.5
-    assert ratio(["S88"]) > 1
+    assert shift([]) == 0.5
+    assert shift(["S25"]) == 0
 
 
 def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_what_decides_changes_only_with_an_entry(tmp_path: Path) -> None:
     (claim,) = ledger_of(tmp_path, ENTRY)
     (finding,) = evaluate([claim])
     published = finding.to_json("", [early])
-    other = ENTRY | {"parts": [PART | {CHECK: {"rows": 8, "columns": 8, "rank": 1}}]}
+    other = ENTRY | {"parts": [PART | {CHECK: {"numerator": 64, "denominator": 16}}]}
     more = ENTRY | {"parts": [*ENTRY["parts"], {"kind": "training", "measures": "a loss", "waits_for": "a study"}]}
     promoted = ENTRY | {"parts": [*ENTRY["parts"], more["parts"][1] | {"quotes": "fewer"}]}
     assert changed(ENTRY) == changed(more) == []
@@ -452,11 +452,10 @@ def test_the_history_is_of_claims_and_in_order() -> None:
 @pytest.mark.parametrize(
     ("claim", "values"),
     [
-        ("S13", {"rank": 0}),
         ("S14", {"factor": "C"}),
         ("S38", {"rows": 0, "columns": 0}),
         ("S71", {"rank": 0, "targets": "q_prj\x1b[2J"}),
-        ("P24", {"denominator": 0}),
+        ("S13", {"denominator": 0}),
     ],
 )
 def test_values_that_a_check_cannot_take_cost_nothing_but_its_verdict(claim: str, values: dict[str, Any]) -> None:

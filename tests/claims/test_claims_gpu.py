@@ -109,10 +109,7 @@ PLAIN = {"method": "lora", **EVERYWHERE}
         ("S71", -1, latencies("lora", ABIT, ONE, ONE), "holds"),
         ("S71", -1, latencies("lora", SLOWER, ONE, ONE), "wrong"),
         ("S71", -1, latencies("lora", WIDE, ONE, ONE), "open"),
-        ("S74", -1, latencies("lora", SLOWER, (1.0,) * 3, (1.0,) * 3), "holds"),
-        ("S74", -1, latencies("lora", ONE, SLOWER, ONE), "wrong"),
-        ("P21", -1, latencies("dora", SLOWER, (1.0,) * 3, (1.0,) * 3), "holds"),
-        ("P21", -1, latencies("lora", SLOWER, (1.0,) * 3, (1.0,) * 3), "not run"),
+        ("S71", -1, latencies("dora", ABIT, ONE, ONE), "not run"),
     ],
 )
 def test_runs_of_a_card_reach_every_verdict(claim: str, number: int, runs: Runs, verdict: str, tmp_path: Path) -> None:
@@ -185,7 +182,7 @@ def test_what_claims_ask_for_is_what_the_experiment_runs(tmp_path: Path) -> None
     latency = {True: timings, False: None}
     write_card(tmp_path, [record_of(s, speed=speed, latency=latency[s.latency_tokens > 0]) for s in specs])
     checked = [part for claim in claims().values() for part in claim.parts if part.check.startswith("gpu.")]
-    assert len(checked) > 8
+    assert {part.check for part in checked} == {"gpu.step_ratio", "gpu.latency_ratio"}
     for part in checked:
         found = judged(part, tmp_path)
         assert found.found is not None, (part.measures, found.reason)

@@ -123,7 +123,7 @@ def test_adapters_in_a_common_direction_share_it_and_others_do_not(toy, tmp_path
     for name in ("resources", "experiments"):
         (tmp_path / name).symlink_to(toy / name)
     monkeypatch.chdir(tmp_path)
-    update, amplified = part_of("P46", -1), part_of("P47", 0, arm="r4")
+    update, amplified = part_of("P46", 0, of="update"), part_of("P47", 0, arm="r4")
     write_study(aim=None)
     apart, small = evaluate_part(update), evaluate_part(amplified)
     assert apart.verdict == small.verdict == Verdict.WRONG, (apart.reason, small.reason)

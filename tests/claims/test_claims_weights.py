@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pandas as pd
 import pytest
-from ledger_parts import claims, part_with, verdicts_of, write_results
+from ledger_parts import claims, part_of, part_with, verdicts_of, write_results
 
 from peftscope.analysis.forgetting import curves
 from peftscope.analysis.study import StudyResults
@@ -191,12 +191,11 @@ def test_a_small_adjustment_is_one_whose_norm_is_small() -> None:
     assert verdicts_of("S17") == ["wrong"]
 
 
-def test_intruders_are_compared_by_seed_and_at_one_rate_too() -> None:
+def test_intruders_are_counted_under_lora_and_under_full_fine_tuning() -> None:
     weights_world()
     assert verdicts_of("P8") == ["holds", "holds"] and judged("P8").deciding[0].found.value == 2
-    assert [part.found.value for part in judged("P8").parts[-2:]] == [2, 1]
-    weights_world(of("full", "intruders_50", 3), of("full-3e-4", "intruders_50", 3))
-    assert verdicts_of("P8") == ["holds", "wrong"] and str(judged("P8").parts[-1].verdict) == "wrong"
+    weights_world(of("full", "intruders_50", 3))
+    assert verdicts_of("P8") == ["holds", "wrong"]
     weights_world(of("lora", "intruders_50", 0))
     assert verdicts_of("P8") == ["wrong", "holds"]
 
@@ -254,7 +253,7 @@ def test_ranks_are_set_against_a_worth_of_their_own() -> None:
     # Where only matrices without rank are worth nothing, the correlation among the others says so.
     flat = [0.0, 1.3, 1.1, 1.2, 1.0, 1.4]
     world(of("adalora", "worth", lambda values: np.resize(np.repeat(flat, 2), len(values))))
-    every = judged("S94").parts[1]
+    every = evaluate_part(part_of("S94", kept=False, given=""))
     assert judged("S94").deciding[0].found.value < every.found.value
     # Where the worth follows the size of the update alone, and the rank does too, importance has no part in it.
 
@@ -263,7 +262,7 @@ def test_ranks_are_set_against_a_worth_of_their_own() -> None:
         table["worth"] = table["relative_size"] + random.normal(0, 1, len(table))
 
     world(follow_size)
-    assert judged("S94").deciding[0].found.value < 0.5 < judged("S94").parts[2].found.value
+    assert judged("S94").deciding[0].found.value < 0.5 < evaluate_part(part_of("S94", given="")).found.value
 
 
 def test_published_measurements_give_the_same_verdicts_without_weights() -> None:

@@ -129,10 +129,6 @@ one_rate = around(
 )
 
 
-def only_queries(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(peft.LoraModel.target_module_mapping, "llama", ["q_proj"])
-
-
 def skipped_output_projection(patch: pytest.MonkeyPatch) -> None:
     inject = peft.inject_adapter_in_model
 
@@ -175,16 +171,6 @@ sums_that_ignore_their_weights = around(
 def no_unmerging(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LoraModel, "unmerge_adapter", lambda self: None)
     patch.setattr(peft.PeftModel, "set_adapter", lambda self, name: None)
-
-
-def merged_twice(patch: pytest.MonkeyPatch) -> None:
-    original = Linear.merge
-
-    def twice(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        original(self, safe_merge, adapter_names)
-        self.base_layer.weight.data += self.get_delta_weight("first")
-
-    patch.setattr(Linear, "merge", twice)
 
 
 def _merge_into_16_bits(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -105,7 +105,7 @@ class TestPages:
             **{"quotes": EVIL, "measures": EVIL},
             "unit": EVIL,
             "scope": EVIL,
-            "counts.full_to_low_rank_ratio": {"rows": 4096, "columns": 4096, "rank": 8},
+            "counts.quotient": {"numerator": 16777216, "denominator": 65536},
             "rule": {"equals": 3},
         }
         texts = dict.fromkeys(("statement", "sentence", "source", "claimed", "scope", "note", "correction"), EVIL)

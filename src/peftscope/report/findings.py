@@ -127,7 +127,6 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         "findings.md.j2",
         basis=rests_on(findings),
         confidence=f"{100 * CONFIDENCE:g}",
-        rounding=_rounding(findings),
         worlds=os.path.relpath(WORLDS_FIGURE, folder) if WORLDS_FIGURE.is_file() else "",
         carried=_carried(findings, content.apart),
         first=surprising(findings, content.first, Path("claims.md")),
@@ -136,16 +135,6 @@ def write_findings(claims: Sequence[Claim], findings: list[dict[str, Any]], fold
         cut=content.cut,
         statements={claim.id: claim.statement for claim in claims},
     )
-
-
-def _rounding(findings: list[dict[str, Any]]) -> str:
-    """Returns what NF4 in blocks of 64 changes of the base and of float weights, in words; empty if not measured."""
-    parts = [part for finding in findings for part in finding["parts"] if part["check"] == "codes.error_ratio"]
-    changes = {part["with"]["model"]: part["curves"]["nf4"]["64"] for part in parts if part["curves"]}
-    if not {"smollm2-135m", "minilm"} <= changes.keys():
-        return ""
-    base, floats = (f"{100 * changes[model]:.1f} %" for model in ("smollm2-135m", "minilm"))
-    return f"Rounding to NF4 still changes its weights by {base} of their norm (MiniLM's, which are floats: {floats})."
 
 
 def _carried(findings: list[dict[str, Any]], said: dict[str, Apart]) -> dict[str, Any]:

@@ -75,13 +75,6 @@ def lora_default(name: str) -> Measurement:
     return Measurement(getattr(LoraConfig(), name))
 
 
-def default_targets() -> Measurement:
-    """Returns the modules that PEFT adapts in a Llama by default."""
-    model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM"))
-    names = {name.rsplit(".", 1)[-1] for name in lora_layers(model)}
-    return Measurement(" ".join(sorted(names)), model=TINY)
-
-
 def targets_found(family: str, names: Sequence[str]) -> Measurement:
     """Returns how many of these module names one block of a model family has, on ``meta``."""
     with torch.device("meta"):

@@ -133,38 +133,12 @@ def gaps_that_do_not_widen(code: str) -> Measurement:
     )
 
 
-def error_ratio(model: str, block: int, code: str, rival: str) -> Measurement:
-    """Returns the RMSE of one code divided by that of a rival, the geometric mean over matrices with its interval.
-
-    Args:
-        model: The model whose linear weights are rounded, ``CURVE_VALUES`` of each matrix; ``gaussian`` stands for
-            16 matrices of normal values.
-        block: The weights per constant.
-        code: The name of a ``CodeBook``.
-        rival: The code to compare with.
-    """
-    samples = [matrix.flatten()[:CURVE_VALUES] for matrix in _matrices(model)]
-    curves = {
-        book.name: {float(size): sum(_error(s, book, size, "rmse") for s in samples) / len(samples) for size in BLOCKS}
-        for book in map(CodeBook, CODES)
-    }
-    own, other = CodeBook(code), CodeBook(rival)
-    logs = [math.log(_error(s, own, block, "rmse") / _error(s, other, block, "rmse")) for s in samples]
-    return geometric_mean_of(
-        logs,
-        evidence={f"rmse of {name}": curve[block] for name, curve in curves.items()},
-        curves=curves,
-        axes=("block size", "relative RMSE"),
-        model=model,
-    )
-
-
 def share_with_lower_error(
     model: str, block: int, code: str, rivals: Sequence[str], metric: str = "rmse"
 ) -> Measurement:
     """Returns the share of a model's matrices on which a code has a lower error than every rival.
 
-    All weights of a matrix count. The rest is as for ``error_ratio``.
+    All weights of a matrix count. ``gaussian`` stands for 16 matrices of normal values.
     """
     books = [CodeBook(name) for name in (code, *rivals)]
     errors = [[_error(matrix, book, block, metric) for book in books] for matrix in _matrices(model)]
@@ -212,7 +186,7 @@ def share_of_weights(model: str, deviations: float, rows: int = 32) -> Measureme
 def entropy_of_levels(code: str, model: str, block: int) -> Measurement:
     """Returns the entropy in bits of a code's levels, mean over matrices; 4 bits if all sixteen are used equally.
 
-    ``CURVE_VALUES`` of each matrix count, as for ``error_ratio``. Source: Yoshida 2023, arXiv 2306.06965.
+    ``CURVE_VALUES`` of each matrix count. Source: Yoshida 2023, arXiv 2306.06965.
     """
     book = CodeBook(code)
     entropies = [_entropy([book.encoded(m.flatten()[:CURVE_VALUES], block)[0]]) for m in _matrices(model)]

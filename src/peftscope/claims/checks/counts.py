@@ -42,12 +42,6 @@ def gigabytes(parameters: float | str, dtypes: dict[str, str]) -> Measurement:
     return Measurement(sum(sizes.values()) * count / GB, evidence=evidence, model=name)
 
 
-def full_to_low_rank_ratio(rows: int, columns: int, rank: int) -> Measurement:
-    """Returns how many times fewer values two thin matrices have than their product."""
-    full, low_rank = rows * columns, rank * (rows + columns)
-    return Measurement(full / low_rank, evidence={"full": full, "low rank": low_rank})
-
-
 def matrix_values(rows: int, columns: int) -> Measurement:
     """Returns the number of values of a linear layer's weight, counted on torch's module."""
     return Measurement(_count(_linears(rows, columns)))

@@ -108,31 +108,25 @@ def share_left_after_cut(study: str, arm: str, rank: int) -> Measurement:
     return over_seeds(results, seeds, evidence, runs["run_id"])
 
 
-def intruders(study: str, arm: str, against: str = "") -> Measurement:
-    """Returns the intruders of an arm, or minus those of another: leading vectors that resemble no pretrained one.
+def intruders(study: str, arm: str) -> Measurement:
+    """Returns the intruders of an arm: leading singular vectors that resemble no pretrained one.
 
     An intruder is one of the ten leading left singular vectors of the trained matrix whose cosine with every left
-    singular vector of the pretrained one stays below 0.5. The number is the mean over matrices, paired by seed.
+    singular vector of the pretrained one stays below 0.5. The number is the mean over matrices.
     Source: Shuttleworth et al. 2024, arXiv 2410.21228.
     """
     results = StudyResults(study)
-    runs = {name: results.arm_runs(name) for name in filter(None, (arm, against))}
+    runs = results.arm_runs(arm)
     last = after_training(read_weights(study)).groupby("run_id")
     means = {cosine: last[f"intruders_{cosine}"].mean() for cosine in (30, 50, 70)}
     evidence: dict[str, Quantity] = {
-        f"{name}, cosine below 0.{cosine // 10}": float(of_arm["run_id"].map(values).mean())
+        f"{arm}, cosine below 0.{cosine // 10}": float(runs["run_id"].map(values).mean())
         for cosine, values in means.items()
-        for name, of_arm in runs.items()
     }
     sizes = last["relative_size"].median()
-    for name, of_arm in runs.items():
-        evidence[f"size of the update over the weight's, {name}"] = float(of_arm["run_id"].map(sizes).mean())
-    if against:
-        both = paired(runs[arm], runs[against], means[50])
-        values = both["first"] - both["second"]
-    else:
-        values = runs[arm].set_index("seed")["run_id"].map(means[50]).dropna()
-    return over_seeds(results, values, evidence, pd.concat(list(runs.values()))["run_id"])
+    evidence[f"size of the update over the weight's, {arm}"] = float(runs["run_id"].map(sizes).mean())
+    values = runs.set_index("seed")["run_id"].map(means[50]).dropna()
+    return over_seeds(results, values, evidence, runs["run_id"])
 
 
 def magnitude_with_direction(study: str, arm: str, module: str, within_steps: bool = False) -> Measurement:
