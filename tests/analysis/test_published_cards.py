@@ -268,11 +268,11 @@ def test_a_published_folder_of_a_card_decides_claims(
     ((_, run, text),) = all_published_records()
     assert '"device": "cuda"' in text and problems(parse_record(text, run)) == []
     found = {
-        claim: [part for part in claims()[claim].parts if part.check.startswith("gpu.")][-1] for claim in ("S71", "S74")
+        claim: [part for part in claims()[claim].parts if part.check.startswith("gpu.")][-1] for claim in ("S71", "P12")
     }
     verdicts = {claim: evaluate_part(part) for claim, part in found.items()}
     assert verdicts["S71"].verdict == Verdict.HOLDS and verdicts["S71"].known == "on a card"
-    assert verdicts["S74"].verdict == Verdict.NOT_RUN
+    assert verdicts["P12"].verdict == Verdict.NOT_RUN
 
 
 def test_whatever_ended_on_a_card_is_published_under_its_name_and_the_page_says_what_agreed(
