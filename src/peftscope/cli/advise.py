@@ -71,7 +71,7 @@ def show_advice(advice: Advice, console: Console, *, why: bool) -> None:
     on = f"{asked.model.name} on {cards}{asked.gpu.name}"
     console.print(f"{on}, {asked.examples:,} examples, {asked.priority} first", style="bold", markup=False)
     if not advice.options:
-        console.print("[red]Nothing fits.[/] The nearest that does:")
+        console.print("[red]Nothing fits.[/]")
         for line in advice.nearest:
             console.print(f"  {line}", markup=False)
         return
@@ -86,6 +86,8 @@ def show_advice(advice: Advice, console: Console, *, why: bool) -> None:
         spec = best.question.spec
         says = [f"{spec.batch_size} × {spec.gradient_accumulation} examples a step on a card", f"{spec.seq_len} tokens"]
         says += ["recomputation"] if spec.checkpointing else []
+        says += ["Liger's loss"] if best.liger else []
+        says += ["experts in 4 bits too"] if best.question.beside.quantize_moe_experts else []
         says += [counted(best.settings.value("epochs"), "epoch")]
         console.print(f"It takes {lines['peak'].text} and {lines['time'].text}: {', '.join(says)}.", soft_wrap=True)
         if best.changes:
@@ -109,9 +111,9 @@ def show_reasons(advice: Advice, console: Console) -> None:
     columns = ("", "batch", "length", "recomputed", "peak", "time", "costs in quality")
     others = Table(*columns, box=None, padding=(0, 1, 1, 0))
     for option in advice.options:
-        spec = option.question.spec
+        spec, changed = option.question.spec, [name for name in option.changes if name != option.method]
         others.add_row(
-            ", ".join([option.method, *(name for name in option.changes if name != option.method)]),
+            ", ".join([option.method, *changed, *(["Liger's loss"] if option.liger else [])]),
             f"{spec.batch_size} × {spec.gradient_accumulation}",
             str(spec.seq_len),
             "yes" if spec.checkpointing else "no",

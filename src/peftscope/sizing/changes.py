@@ -174,7 +174,10 @@ class Asked:
         given = {name: value for name, value in {**self.given, **options}.items() if value is not None}
         if self.reading is None or "method" in options:
             given = options_of_method(given.get("method", self.question.spec.method.name), given)
-        more: dict[str, Any] = {"responses": self.responses, "gpu": self.question.gpu}
+        responses = self.responses
+        if responses is not None and "seq_len" in given:
+            responses = min(responses, given["seq_len"])  # cut text has fewer
+        more: dict[str, Any] = {"responses": responses, "gpu": self.question.gpu}
         if self.reading is None:
             return ask(self.question.model, given, gpus=self.question.gpus, **more)
         from peftscope.sizing.config_file import question_of, read_config
@@ -185,12 +188,10 @@ class Asked:
 
     @cached_property
     def keys(self) -> Mapping[str, Mapping[str, Any]]:
-        """What the trainer's file has for each option; nothing without a file."""
-        if self.reading is None:
-            return {}
-        from peftscope.sizing.trainers import REMEDIES
+        """What the trainer's file has for each option; nothing without a trainer."""
+        from peftscope.sizing.trainers import remedies_in
 
-        return REMEDIES.get(self.reading.trainer, {})
+        return remedies_in(self.reading.trainer if self.reading else self.question.beside.as_trainer or "")
 
     def values(self) -> dict[str, list[dict[str, Any]]]:
         """Returns what changes may set, in the words of the file and the command line."""
@@ -198,11 +199,11 @@ class Asked:
         beside, scaled = question.beside, question.model.config["model_type"] in SCALED_LOGITS
         own = self.reading is None and beside.as_trainer is None  # a trainer's release computes them in one way
         loss = {"logprobs": "chunked"} if own and beside.logprobs in ("full", "whole") else {}
-        offered = "loss" in self.keys or not (self.keys or beside.as_trainer == "torchtune")
-        if beside.job == "sft" and beside.loss == "plain" and offered and not scaled:
+        fused = "loss" in self.keys or not self.keys
+        if beside.job == "sft" and beside.loss == "plain" and fused and not scaled:
             loss = {"loss": "liger"}
         reference = {"reference": "precomputed"} if beside.reference == "copy" and beside.job != "grpo" else {}
-        packs = "quantize_moe_experts" in self.keys or self.reading is None
+        packs = "quantize_moe_experts" in self.keys or not self.keys
         packs = packs and bool(shape and shape.experts) and not beside.quantize_moe_experts
         packing = {"quantize_moe_experts": True} if packs else {}
         plain = values_of(question.spec, loss, packing, reference)

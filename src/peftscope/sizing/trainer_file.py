@@ -6,7 +6,9 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from peftscope.memory.beside import Beside
 from peftscope.models.presets import PRESETS
+from peftscope.sizing.trainers import remedies_in
 from peftscope.spec import RunSpec
 
 Pasted = Literal["axolotl", "llama-factory", "trl"]
@@ -71,8 +73,11 @@ SCRIPT = (
 )
 
 
-def trainer_file(trainer: Pasted, spec: RunSpec, epochs: float) -> str:
-    """Returns the file that makes a trainer do a run of full fine-tuning, LoRA or QLoRA; for TRL it is a script."""
+def trainer_file(trainer: Pasted, spec: RunSpec, epochs: float, beside: Beside) -> str:
+    """Returns the file that makes a trainer do a run of full fine-tuning, LoRA or QLoRA; for TRL it is a script.
+
+    Of ``beside``, the file has Liger's loss and the packed experts.
+    """
     values = spec.model_dump() | spec.method.model_dump() | {"epochs": epochs}
     values["model"] = PRESETS[spec.model.lower()].hub_id if spec.model.lower() in PRESETS else spec.model
     values["keeps_activations"] = not spec.checkpointing
@@ -82,6 +87,8 @@ def trainer_file(trainer: Pasted, spec: RunSpec, epochs: float) -> str:
     for option, named in KEYS.items():
         if option in values and named[place]:
             keys[named[place]] = int(values[option]) if option == "alpha" else values[option]
+    for option, on in (("loss", beside.loss == "liger"), ("quantize_moe_experts", beside.quantize_moe_experts)):
+        keys |= remedies_in(trainer)[option] if on else {}
     if trainer != "trl":
         return f"# Add {YOURS[trainer]}.\n{yaml.safe_dump(keys, sort_keys=False)}"
 

@@ -330,6 +330,11 @@ list is appended to that of the file, a function changes the file's value, and N
 trainer lacks here are changed on the command line."""
 
 
+def remedies_in(trainer: str) -> dict[str, dict[str, Any]]:
+    """Returns the keys with which a remedy changes each option in a trainer's file; none if they are unknown."""
+    return next((keys for name, keys in REMEDIES.items() if name.lower() == trainer.lower()), {})
+
+
 def recognise(path: Path, content: dict[str, Any]) -> tuple[str, tuple[Row, ...]]:
     """Returns the trainer that a file belongs to, and its table.
 

@@ -7,21 +7,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from peftscope.errors import InputError
 from peftscope.hardware.cards import GPUS, speed_of
 from peftscope.memory.answer import answer_by_formula
-from peftscope.memory.base import describe_model
-from peftscope.methods import METHODS
-from peftscope.models.presets import PRESETS
-from peftscope.report.advice.options import LENGTHS, Fitter, Option, changed
+from peftscope.report.advice.options import Fitter, Option
 from peftscope.report.advice.rules import HABIT, Findings, Rules, Standing
-from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Settings, Situation, settings_for
+from peftscope.report.advice.settings import BITS_PER_PARAMETER, Line, Situation
+from peftscope.sizing.changes import NOTHING
 from peftscope.sizing.duration import unvalidated
 from peftscope.sizing.trainer_file import trainer_file
 from peftscope.words import spoken_bytes, spoken_time
-
-MOST_CARDS = 8
-"""The most cards of one machine."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class Advice:
         option = self.options[0]
         rate, epochs = option.settings.value("learning_rate"), option.settings.value("epochs")
         spec = option.question.spec.model_copy(update={"learning_rate": rate})
-        return trainer_file(self.situation.trainer, spec, epochs)
+        return trainer_file(self.situation.trainer, spec, epochs, option.question.beside)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the advice as JSON content. The keys are stable."""
@@ -104,6 +98,8 @@ class Advice:
             "quality_loss_rests_on": option.standing.name.lower(),
             "costs": self.costs(option),
             **spec.model_dump(include=sizes),
+            "loss": option.question.beside.loss,
+            "quantize_moe_experts": option.question.beside.quantize_moe_experts,
             "shards": option.question.gpus,
             "steps": option.steps,
             "peak_device_bytes": option.peak_device_bytes,
@@ -148,6 +144,10 @@ def _lines(options: tuple[Option, ...], situation: Situation) -> Iterator[Line]:
     how = "on" if spec.checkpointing else "off"
     reason = "Gradients are the same; a step takes about a third longer, and activations take a fraction of the memory."
     yield Line("recomputation", how, reason if spec.checkpointing else "It fits without.")
+    if option.liger:
+        yield Line("loss", "Liger's", "The same loss over chunks of the logits, which are never whole.")
+    if option.question.beside.quantize_moe_experts:
+        yield Line("experts", "in 4 bits too", "transformers leaves them in 16 bits; axolotl packs them.")
     epochs = settings.lines["epochs"]
     yield replace(epochs, choice=(), value=f"{option.steps:,} steps (epochs: {epochs.text})")
     yield _peak_line(option, situation)
@@ -173,9 +173,7 @@ def _as_it_is(line: Line, option: Option, situation: Situation) -> Line:
         rank = getattr(spec.method, spec.method.rank_field)
         bits = f"{situation.data_bits:,.0f} bits of responses, which rank {situation.data_rank} stores"
         says = f"{line.says} The data hold about {bits} at {BITS_PER_PARAMETER:g} bits for each parameter."
-        lowered = rank != line.value
-        says += " It is lower here so that the run fits." if lowered else ""
-        return replace(line, value=rank, choice=() if lowered else line.choice, says=says)
+        return replace(line, value=rank, says=says)
     if line.setting == "alpha":
         return replace(line, choice=(), value=f"{spec.method.model_dump()['alpha']:g} (times the rank: {line.text})")
     if line.setting == "precision" and spec.method.trains_base:
@@ -211,58 +209,15 @@ def _time_line(option: Option, situation: Situation) -> Line:
     return Line("time", value, says, evidence=f"not validated: {reason}" if reason else "measured speeds")
 
 
-SHARDED: tuple[tuple[str, dict[str, str], float], ...] = (
-    ("qlora", {"sharding": "fsdp2", "quant_storage": "bf16"}, 0.5),
-    ("lora", {}, 2),
-)
-"""Ways to share a base over cards: the method, the options of ``memory``, and the least bytes of a weight."""
-
-
 def _nearest(fitter: Fitter, methods: list[str]) -> Iterator[str]:
-    """Yields what would fit if nothing does: what is missing, more cards, a larger card, a smaller model."""
-    situation = fitter.situation
-    least: dict[str, Any] = {"batch_size": 1, "checkpointing": True, "seq_len": min(situation.seq_len, LENGTHS[-1])}
-    peaks = {method: fitter.peak({**_most_changed(fitter, method), **least}) for method in methods}
-    method = min(peaks, key=lambda name: peaks[name])
-    missing = spoken_bytes(peaks[method] - situation.gpu.usable_bytes, 1)
+    """Yields what is missing if nothing fits, and what would help: what ``fit`` says, and the smallest card."""
+    question, card = fitter.least(methods), fitter.situation.gpu
+    spec, peak = question.spec, fitter.peak(question)
     yield (
-        f"The least that runs of this project take is {method} with one sequence of {least['seq_len']} tokens and "
-        f"recomputation: {spoken_bytes(peaks[method], 1)}, {missing} more than the card has."
+        f"The least that advised runs take is {spec.method.name} with one sequence of {spec.seq_len} tokens and "
+        f"recomputation: {spoken_bytes(peak, 1)}, {spoken_bytes(peak - card.usable_bytes, 1)} more than the card has."
     )
-    by_size = sorted(PRESETS.items(), key=lambda item: -item[1].shape.parameters)
-    for name in (name for name, preset in by_size if preset.shape.parameters < 1e9 * situation.billions):
-        smaller = describe_model(name)
-        assert smaller.shape is not None
-        rest = smaller.shape.parameters - smaller.shape.linear_parameters
-        if smaller.shape.linear_parameters / 2 + 2 * rest > situation.gpu.usable_bytes:
-            continue  # the weights of a 4-bit base alone are too many
-        fields = {**settings_for(method, situation, fitter.rules, fitter.findings).fields, **least}
-        length = min(situation.seq_len, 512, smaller.max_seq_len or 512)
-        try:
-            peak = fitter.peak({**fields, "seq_len": length}, model=smaller)
-        except InputError:
-            continue  # its matrices are narrower than the rank
-        if peak <= situation.gpu.usable_bytes:
-            yield f"A smaller model on this card: {name} with {method} at {length} tokens, {spoken_bytes(peak, 1)}."
-            break
-    enough = [card for card in GPUS.values() if card.usable_bytes >= peaks[method]]
-    if larger := min(enough, key=lambda card: card.usable_bytes, default=None):
-        yield f"A larger card for this model: {larger.name} ({spoken_bytes(larger.usable_bytes, 1)})."
-    for name, each, bytes_a_weight in SHARDED:
-        fields = {**_most_changed(fitter, name), **least, **each, "optimizer": "adamw"}
-        fewest = int(1e9 * bytes_a_weight * situation.billions / situation.gpu.usable_bytes) + 1
-        for cards in range(max(situation.gpus, fewest, 2), MOST_CARDS + 1):
-            peak = fitter.peak(fields, gpus=cards)
-            if peak <= situation.gpu.usable_bytes:
-                options = "".join(f", {key}={value}" for key, value in each.items())
-                with_ = f"{METHODS[name].label} and sharded weights{options}"
-                yield f"{cards} such cards, with {with_}: {spoken_bytes(peak, 1)} on each."
-                break
-
-
-def _most_changed(fitter: Fitter, method: str) -> dict[str, Any]:
-    settings: Settings = settings_for(method, fitter.situation, fitter.rules, fitter.findings)
-    changes = [change for change in fitter.rules.changes if method in change.methods]
-    if fitter.shards(method) > 1:
-        changes = [change for change in changes if "optimizer" not in change.fields]
-    return changed(settings.fields, changes)
+    enough = [larger for larger in GPUS.values() if larger.usable_bytes >= peak]
+    larger = min(enough, key=lambda larger: larger.usable_bytes, default=None)
+    named = f"; the smallest card: {larger.name} ({spoken_bytes(larger.usable_bytes, 1)})" if larger else ""
+    yield f"It takes {NOTHING}{named}."

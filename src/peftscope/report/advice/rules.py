@@ -159,19 +159,9 @@ class Rule(Grounds):
 
 
 class Change(Grounds):
-    """A change with which a method may fit, and what it costs in quality.
-
-    Attributes:
-        name: Its name.
-        methods: The methods that it is for; none: all.
-        fields: The fields of the run that it changes.
-        rank: The rank that it lowers a higher one to.
-    """
+    """What a change that costs quality, or may, costs; ``name`` is its name."""
 
     name: str
-    methods: list[str] = []
-    fields: dict[str, Any] = {}
-    rank: int | None = None
 
 
 class Rules(Strict):
