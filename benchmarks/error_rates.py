@@ -38,10 +38,12 @@ class Setting:
         pairs: The seeds of each arm.
         rises: How far above its best rate, as a factor, each arm's steep rise begins. From there on a tenth of
             the runs, and half of all more with each ``STEP``, end with more than twice the loss on average.
+        tunings: How many times the second arm was tuned, as a reference is that counts with its A/A.
     """
 
     pairs: int
     rises: tuple[float, float]
+    tunings: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,10 @@ def estimates(setting: Setting, draws: int) -> pd.DataFrame:
     rows = []
     for _ in range(draws):
         common = random.normal(0, SPREAD * math.sqrt(OF_BATCHES), setting.pairs)
-        coarse = np.exp(random.uniform(-0.5, 0.5, 2) * math.log(COARSE_STEP))
-        first, second = (
-            _Arm(rise, start).estimate(common, random) for rise, start in zip(setting.rises, coarse, strict=True)
-        )
-        found = compare([100 * value / TASK_GAIN for value in pair_values(first, second)], math.inf)
+        rises = (setting.rises[0], *setting.tunings * [setting.rises[1]])
+        coarse = np.exp(random.uniform(-0.5, 0.5, len(rises)) * math.log(COARSE_STEP))
+        first, *second = (_Arm(rise, start).estimate(common, random) for rise, start in zip(rises, coarse, strict=True))
+        found = compare([100 * value / TASK_GAIN for value in pair_values([first], second)], math.inf)
         rows.append({"difference": found.mean, "half_width": found.half_width(), "bound": found.bound})
     return pd.DataFrame(rows)
 
@@ -116,6 +117,7 @@ def error_rates(settings: list[Setting], draws: int) -> pd.DataFrame:
 
 
 SETTINGS = [Setting(pairs, rises) for pairs in (5, 8) for rises in ((3.0, 3.0), (1.5, 1.5), (1.2, 3.0), (1.0, 3.0))]
+SETTINGS += [Setting(pairs, (3.0, 3.0), tunings=2) for pairs in (5, 8)]
 
 
 def rendered(table: pd.DataFrame) -> str:
@@ -127,6 +129,7 @@ def rendered(table: pd.DataFrame) -> str:
         rises = " and ".join(f"{float(rise):g}" for rise in re.findall(r"[\d.]+", str(row["rises"])))
         numbers = [row["bias"], row["standard deviation"], 100 * row["coverage"], row["half-width"], row["bound"]]
         told = [f"{number:.{digits}f}" for number, digits in zip(numbers, (2, 2, 1, 2, 2), strict=True)]
+        rises += ", the second tuned twice" * (row["tunings"] == 2)
         lines.append("| " + " | ".join([str(row["pairs"]), rises, *told]) + " |")
     draws = int(table["draws"].iloc[0])
     error = 100 * math.sqrt(0.05 * 0.95 / draws)

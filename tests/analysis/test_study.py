@@ -239,7 +239,7 @@ def test_at_chosen_rates_every_arm_runs_at_one_and_shares_further_seeds_with_the
         assert [(spec.learning_rate, spec.seed) for spec in specs] == [(rate, seed) for seed in range(seeds)]
     assert len(mine().runs) == 1 + 20 + 18
     study = compared(GAINS | {arm: [*GAINS[arm], 1.9] for arm in ("full", "thin")}, full=[{}] * 7, thin=[{}] * 7)
-    assert study.pairs("lora", "full") == pytest.approx(list(map(float.__sub__, GAINS["lora"], GAINS["full"])))
+    assert list(study.pairs("lora", "full")) == pytest.approx(list(map(float.__sub__, GAINS["lora"], GAINS["full"])))
     assert len(study.pairs("thin", "full")) == 7
 
 
@@ -481,6 +481,36 @@ def test_the_a_a_arm_has_its_own_listed_runs_and_another_start_for_each_seed_at_
     assert all(spec.init_seed == spec.seed + A_A_SHIFT for spec in again)
     shuffled = [sweep.runs[run] for run in members("control-shuffled-labels-lora")]
     assert sorted(spec.seed for spec in shuffled if spec.shuffled_targets) == [0, 1]
+
+
+def test_the_reference_counts_with_its_a_a(write_study_file) -> None:
+    """Compared with a jackknife that leaves each seed out of the arm, of the reference and of its A/A at once."""
+    write_study_file(**TUNED, a_a="full", controls={})
+    record_tuning(CURVE | {"full-a-a": [0.4, 0.5, 0.6]})
+    gains = GAINS | {"full-a-a": [2.3, 1.8, 2.0, 2.25, 1.9, 2.1]}
+    record_rates(gains)
+    study = collected()
+
+    def loss(arm: str, kept: list[int]) -> float:
+        return BASE_LOSS - np.mean(sorted(gains[arm][seed] for seed in kept)[1:-1])
+
+    def difference(kept: list[int]) -> float:
+        return (loss("full", kept) + loss("full-a-a", kept)) / 2 - loss("thin", kept)
+
+    without = [difference([i for i in range(6) if i != left]) for left in range(6)]
+    error = math.sqrt(5 / 6 * sum((value - sum(without) / 6) ** 2 for value in without))
+    found = study.difference("thin", "full")
+    assert (found.mean, found.error) == pytest.approx((difference([*range(6)]), error))
+    assert study.difference("full", "thin").mean == pytest.approx(-found.mean)
+    assert study.difference("full-a-a", "full").mean == pytest.approx(
+        loss("full", [*range(6)]) - loss("full-a-a", [*range(6)])
+    )
+    text = readable_contrasts(contrasts(study), study.labels).set_index("arm")["against"]
+    assert set(text.filter(like="A/A")) == {"full fine-tuning alone"}
+    assert text["LoRA"] == "full fine-tuning and its A/A"
+    fewer = StudyResults("mine")
+    fewer.table = study.table[~((study.table["comparisons"].str.contains("full-a-a")) & (study.table["seed"] == 5))]
+    assert fewer.difference("thin", "full").n == 5 and fewer.difference("thin", "lora").n == 6
 
 
 def test_the_lowest_loss_along_shuffled_runs_is_what_the_form_explains(tuned: None) -> None:

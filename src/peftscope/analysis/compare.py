@@ -12,6 +12,8 @@ from enum import StrEnum
 
 from peftscope.analysis.stats import CONFIDENCE, jackknife, trimmed_mean
 
+Tunings = Sequence[Sequence[Sequence[float]]]
+
 LARGEST_PAIRS = 10_000
 MARGIN = 0.025
 """Arms whose losses differ by less than this share of the task gain count as the same, unless a claim has its own."""
@@ -166,19 +168,24 @@ def lowest_mean(losses: Sequence[Sequence[float]], seeds: Sequence[int]) -> floa
     return min(trimmed_mean([of_rate[seed] for seed in seeds]) for of_rate in losses)
 
 
-def pair_values(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:
+def pair_values(first: Tunings, second: Tunings) -> list[float]:
     """Returns one value for each seed of two arms: how far the first is ahead, the second's loss minus the first's.
 
     If one of them ran at several rates, its loss is the lowest over rates of the mean over seeds without the best and
-    the worst. The values are then those of a jackknife, which chooses the rates anew without each seed.
+    the worst, and of an arm that was tuned more than once the mean of these. The values are then those of a jackknife,
+    which chooses all rates anew without each seed.
 
     Args:
-        first: For each rate of an arm, in any order, its loss by seed.
+        first: For each time that an arm was tuned, and for each rate there, in any order, its loss by seed.
         second: The same for the other arm, with the same seeds.
     """
-    if len(first) == len(second) == 1:
-        return [other - mine for mine, other in zip(first[0], second[0], strict=True)]
-    return jackknife(lambda kept: lowest_mean(second, kept) - lowest_mean(first, kept), len(first[0]))
+    if len([losses for tuned in (*first, *second) for losses in tuned]) == 2:
+        return [other - mine for mine, other in zip(first[0][0], second[0][0], strict=True)]
+
+    def loss(of_arm: Tunings, kept: Sequence[int]) -> float:
+        return sum(lowest_mean(losses, kept) for losses in of_arm) / len(of_arm)
+
+    return jackknife(lambda kept: loss(second, kept) - loss(first, kept), len(first[0][0]))
 
 
 def compare(differences: Sequence[float], margin: float, tuning_error: float = 0.0) -> Difference:

@@ -243,8 +243,7 @@ def _pairs_of_study(a: Sequence[Scored], b: Sequence[Scored]) -> dict[int, float
     if others or more or not (first and second and first[0] == second[0] and a[0].metric == LOSS):
         return {}
     study, arms = StudyResults(first[0]), (first[1], second[1])
-    seeds = sorted({*study.arm_runs(arms[0])["seed"]} & {*study.arm_runs(arms[1])["seed"]})
-    return dict(zip(seeds, study.pairs(*arms), strict=True)) if study.has_several_rates(*arms) else {}
+    return study.pairs(*arms).to_dict() if study.has_several_rates(*arms) else {}
 
 
 def _values(side: Sequence[Scored], first: Scored) -> np.ndarray:

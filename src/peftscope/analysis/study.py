@@ -12,7 +12,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import chain
 from statistics import fmean
 from typing import Any, get_args
 
@@ -198,8 +199,11 @@ class StudyResults:
         home = self._home
         if not home or {arm, against} not in map(set, home.compared):
             return None
-        runs = [[set(study._members(ARM + one)["run_id"]) for one in (arm, against)] for study in (self, home)]
-        return home if runs[0] == runs[1] else None
+        mine, other = (
+            [set(study._members(*(ARM + entry for entry in side))["run_id"]) for side in study.entries(arm, against)]
+            for study in (self, home)
+        )
+        return home if mine == other else None
 
     @property
     def subject(self) -> str:
@@ -370,12 +374,24 @@ class StudyResults:
         """
         return compare(self.pairs(arm, against), margin * self.yardstick, self.tuning_error(arm, against))
 
-    def pairs(self, arm: str, against: str) -> list[float]:
-        """Returns how far an arm is ahead of another for each seed of both; see ``compare.pair_values``."""
-        mine, other = self.losses_by_rate(arm), self.losses_by_rate(against)
-        seeds = mine.index.intersection(other.index)
-        first, second = (losses.loc[seeds].to_numpy().T.tolist() for losses in (mine, other))
-        return pair_values(first, second)
+    @property
+    def tunings(self) -> list[str]:
+        """The entries that stand for the reference: if it was tuned anew, at several rates too, its A/A as well."""
+        again = self.reference + A_A
+        return [self.reference] + [again] * (again in self.arms and self.has_several_rates(again))
+
+    def entries(self, arm: str, against: str) -> list[list[str]]:
+        """Returns the entries that stand for each of two arms."""
+        tunings = self.tunings
+        whole = not {arm, against} <= set(tunings)  # the A/A itself is compared with the reference alone
+        return [tunings if whole and one == self.reference else [one] for one in (arm, against)]
+
+    def pairs(self, arm: str, against: str) -> pd.Series:
+        """Returns how far an arm is ahead of another, for each seed of all their entries; see ``pair_values``."""
+        sides = [[self.losses_by_rate(entry) for entry in side] for side in self.entries(arm, against)]
+        seeds = reduce(pd.Index.intersection, (losses.index for losses in chain(*sides)))
+        first, second = ([losses.loc[seeds].to_numpy().T.tolist() for losses in side] for side in sides)
+        return pd.Series(pair_values(first, second), seeds)
 
     @cached_property
     def losses(self) -> pd.DataFrame:

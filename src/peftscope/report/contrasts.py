@@ -46,6 +46,7 @@ def contrasts(study: StudyResults) -> pd.DataFrame:
     Differences are paired by seed. Intervals and p include what the tuning of both arms adds, where it is known.
     ``holm_p`` is the p after Holm's correction for all comparisons, A/A apart, and decides whether arms differ.
     ``bound_percent`` is the smallest margin at which two one-sided tests call the two the same, not corrected.
+    ``tunings`` is of comparisons with a reference at several rates: 2 where its A/A counts with it, else 1.
     """
     rows = [_contrast(study, *pair) for pair in study.compared]
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
@@ -90,6 +91,8 @@ def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
     target = study.mean_of(against)(losses) + MARGIN * study.yardstick if losses else math.nan
     if math.isfinite(target) and (samples := samples_to(study, target, arm)):
         row["samples_to_reference"] = median(samples)
+    if study.reference == against and study.has_several_rates(against):
+        row["tunings"] = len(study.entries(arm, against)[1])
     return row
 
 
@@ -216,6 +219,8 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
         if "samples_to_reference" in row:
             samples = formatted(row["samples_to_reference"], ",.0f").replace("inf", "not reached")
             text["samples to the reference's loss and the margin"] = samples
+        if "tunings" in row:
+            text["against"] = of_tunings(labels[row["against"]], row["tunings"])
         text |= {
             "p, t test": formatted(row["t_p"], ".3g"),
             "p, after Holm": formatted(row["holm_p"], ".3g"),
@@ -225,6 +230,17 @@ def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFr
             text["bootstrap"] = f"[{signed(row['bootstrap_low'], '.4f')}, {signed(row['bootstrap_high'], '.4f')}]"
         rows.append(text)
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
+
+
+def reference_label(study: StudyResults) -> str:
+    """Returns the label of the reference, and at several rates whether its A/A counts with it."""
+    label = study.labels[study.reference]
+    return of_tunings(label, len(study.tunings)) if study.has_several_rates(study.reference) else label
+
+
+def of_tunings(label: str, tunings: float) -> str:
+    """Returns the label of a reference with how many times it was tuned; if not a number, as it is."""
+    return label + (" alone" if tunings == 1 else " and its A/A" if tunings == 2 else "")
 
 
 def readable_difference(row: dict[Any, Any], reference: str) -> dict[str, str]:

@@ -11,7 +11,14 @@ from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import published
 from peftscope.planning.experiment import WORLDS
-from peftscope.report.contrasts import EXPLAINED, at_one_rate, contrasts, readable_contrasts, told_left_out
+from peftscope.report.contrasts import (
+    EXPLAINED,
+    at_one_rate,
+    contrasts,
+    readable_contrasts,
+    reference_label,
+    told_left_out,
+)
 from peftscope.report.spoken import spoken_worlds
 from peftscope.report.tables import markdown
 
@@ -24,7 +31,7 @@ LATEX |= {"−": "$-$", "±": r"$\pm$", "×": r"$\times$", "√": r"$\surd$", "�
 def caption(study: StudyResults) -> str:
     """Returns the sentence below a study's table."""
     return (
-        f"How far each arm is ahead of {study.labels[study.reference]} in held-out loss "
+        f"How far each arm is ahead of {reference_label(study)} in held-out loss "
         f"({spoken_worlds([study.subject])}), in % of the task gain, with {100 * CONFIDENCE:g} % intervals over pairs "
         f"of seeds. {at_one_rate(study)}{EXPLAINED}" + (f" Left out: {said}." if (said := told_left_out(study)) else "")
     )

@@ -72,7 +72,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     pairs = study.compared
     has_gain = not math.isnan(study.yardstick)
     scale = 100 / study.yardstick if has_gain else 1.0
-    samples = [scale * pd.Series(study.pairs(*pair)) for pair in pairs]
+    samples = [scale * study.pairs(*pair) for pair in pairs]
     for y, ((arm, against), sample) in enumerate(zip(pairs, samples, strict=True)):
         is_a_a = arm.endswith(A_A)
         colour, marker, _ = Look(GREY, "o") if is_a_a else styles[arm]
@@ -94,7 +94,7 @@ def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
     axes.set_ylim(max(1, len(pairs)) - 0.5, -0.5)
     unit = "% of the task gain" if has_gain else "nats per response token"
     axes.set(xlabel=f"ahead by, in held-out loss\n({unit}); further right is better")
-    axes.set_title(f"Against {labels[study.reference]}")
+    axes.set_title(f"Against {contrasts.reference_label(study)}")
 
 
 def cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
@@ -142,6 +142,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     rates = {arm: study.rate(arm) for arm in study.arms}
     return {
         "first": labels[study.reference],
+        "against": contrasts.reference_label(study),
         "subject": spoken_worlds([study.subject]),
         "answer": contrasts.answer(table, labels, lead=contrasts.at_one_rate(study)),
         "compares": bool(rows),
@@ -176,7 +177,7 @@ def study_sentences(facts: dict[str, Any]) -> dict[str, str]:
     several = facts["seeds"] >= FEWEST_FOR_MEANS
     large = f", large ones their means with {100 * CONFIDENCE:g} % intervals" * several
     large += ", which include the tuning of both arms" * (several and facts["has_tuning"])
-    differences = f"Points right of the line are better than {facts['first']}. Small points are seeds{large}."
+    differences = f"Points right of the line are better than {facts['against']}. Small points are seeds{large}."
     if facts["power"]:
         differences += " Dashed lines are the margin of sameness."
     if facts["a_a"] and several:

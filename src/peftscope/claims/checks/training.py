@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -126,11 +127,12 @@ def _over_rates(
 def heldout_gain(study: str, arm: str, against: str) -> Measurement:
     """Returns how much lower an arm's held-out loss is than another's."""
     results = StudyResults(study)
-    evidence: dict[str, Quantity] = {f"mean loss of {name}": results.loss(name) for name in (arm, against)}
+    entries = list(chain(*results.entries(arm, against)))
+    evidence: dict[str, Quantity] = {f"mean loss of {name}": results.loss(name) for name in entries}
     evidence |= _doubts(results, arm, against)
-    differences = [value / results.task_gain for value in results.pairs(arm, against)]
+    differences = results.pairs(arm, against) / results.task_gain
     error = results.tuning_error(arm, against) / results.task_gain
-    found = _over_seeds(results, differences, evidence, runs_of(results, arm, against), error)
+    found = _over_seeds(results, differences, evidence, runs_of(results, *entries), error)
     is_listed = bool(symbols_of(results.table["task"].iloc[0]))  # hardly any answer is right as a whole
     of_all = is_listed or has_whole_split(results, arm, against)
     if of_all and (more := mean_interval(points(results, arm, against, ARGMAX if is_listed else ""))):
@@ -201,13 +203,13 @@ def difference_of_gains(study: str, first: list[str], second: list[str]) -> Meas
         second: The same for the second gain.
     """
     results = StudyResults(study)
-    gains = [[value / results.task_gain for value in results.pairs(arm, against)] for arm, against in (first, second)]
+    gains = [results.pairs(arm, against) / results.task_gain for arm, against in (first, second)]
     names = [f"mean gain of {arm} over {against}" for arm, against in (first, second)]
     evidence: dict[str, Quantity] = dict(zip(names, map(fmean, gains), strict=True))
     arms = tuple(dict.fromkeys((*first, *second)))
     evidence |= _doubts(results, *arms)
     error = results.tuning_error(*arms) / results.task_gain
-    return _over_seeds(results, map(float.__sub__, *gains), evidence, runs_of(results, *arms), error)
+    return _over_seeds(results, (gains[0] - gains[1]).dropna(), evidence, runs_of(results, *arms), error)
 
 
 def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
