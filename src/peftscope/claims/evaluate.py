@@ -119,14 +119,20 @@ class Finding:
 
     @property
     def in_worlds(self) -> dict[str, Verdict]:
-        """Returns the verdict in each world by its model and task. Parts that are no training count in all of them."""
-        at_home = self._at_home
+        """Returns the verdict in each world by its model and task. Parts that are no training count in all of them.
+
+        A training that is of one model alone, as of a toy model, is a world of its own beside several.
+        """
+        away = [part for part in self.deciding if part.elsewhere and part.found]
+        apart = [part for part in self._at_home if away and part.found and part.part.kind == "training"]
+        apart = [part for part in apart if not part.part.general]
+        at_home = [part for part in self._at_home if part not in apart]
         named = next((part.found.model for part in at_home if part.found and part.part.asks_of_worlds), "")
         worlds = {named: [part.verdict for part in at_home]}
-        for part in self.deciding:
-            if part.elsewhere and part.found:
-                shared = [other.verdict for other in at_home if not other.part.asks_of_worlds]
-                worlds.setdefault(part.found.model, shared).append(part.verdict)
+        shared = [part.verdict for part in at_home if not part.part.asks_of_worlds]
+        for part in (*away, *apart):
+            assert part.found is not None
+            worlds.setdefault(part.found.model, [*shared] if part.elsewhere else []).append(part.verdict)
         return {world: combine(verdicts) for world, verdicts in worlds.items() if world or len(worlds) == 1}
 
     @property

@@ -35,14 +35,14 @@ UNDECIDED = (Verdict.OPEN, Verdict.NOT_RUN)
 
 
 def combine(verdicts: Collection[Verdict]) -> Verdict:
-    """Returns the verdict on a claim from those on the parts that decide.
+    """Returns the verdict on a claim from those on the parts that decide. A wrong part is enough where none holds.
 
-    >>> [str(combine(parts)) for parts in (["holds", "wrong", "open"], ["wrong", "wrong"], ["holds", "not run"])]
+    >>> [str(combine(parts)) for parts in (["holds", "wrong", "open"], ["open", "wrong"], ["holds", "not run"])]
     ['holds in part', 'wrong', 'not run']
     """
     if {Verdict.HOLDS, Verdict.WRONG} <= set(verdicts):
         return Verdict.IN_PART
-    return next(verdict for verdict in (Verdict.OPEN, Verdict.NOT_RUN, *Verdict) if verdict in verdicts)
+    return next(verdict for verdict in (Verdict.WRONG, *UNDECIDED, *Verdict) if verdict in verdicts)
 
 
 Reading = Literal["rounded", "plain", "about"]

@@ -22,6 +22,7 @@ from peftscope.report.spoken import (
     deciding,
     judged_in,
     key_part,
+    left_open,
     measured,
     on_world,
     own_scope,
@@ -34,7 +35,7 @@ from peftscope.report.spoken import (
     trained_in,
 )
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
-from peftscope.words import capitalised, grouped, spoken_number
+from peftscope.words import capitalised, grouped, listed, spoken_number
 
 COLOURS = {
     Verdict.HOLDS: "#2a7f4f",
@@ -118,6 +119,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     judged, correction = list(judged_in(finding)), claim.correction
     if judged and correction:
         correction = f"{capitalised(on_world(judged[0]).lstrip())}: {correction}"
+    left = left_open(finding)
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
         "claim": claim,
@@ -132,7 +134,8 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "worlds": {spoken_worlds([world]) for world in trained_in(finding)} or {NO_WORLD},
         "instead": (correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),
-        "to_decide": claim.to_decide if verdict in UNDECIDED else "",
+        "left_open": listed(dict.fromkeys(part["measures"] for part in left), "; "),
+        "to_decide": claim.to_decide if verdict in UNDECIDED or left else "",
         "parts": [(part, interval(part)) for part in parts],
         "drawn": [interval(part) for part in open_parts] if verdict == Verdict.OPEN else [],
         "figures": [(_figure(name, part), part["measures"] + _elsewhere(part)) for name, part in curves],

@@ -179,7 +179,8 @@ def disagree(finding: dict[str, Any]) -> bool:
 def spoken_verdict(finding: dict[str, Any]) -> str:
     """Returns a claim's verdict, with its worlds if the claim speaks of models and tasks at large.
 
-    That a difference is there and does not matter, or that none which matters is there, belongs to the verdict.
+    That a difference is there and does not matter, or that none which matters is there, belongs to the verdict. So does
+    that a part of a wrong claim is undecided.
 
     >>> spoken_verdict({"verdict": "holds", "worlds": ["smollm2-135m, two-digit-sums"]})
     'holds here (1 world)'
@@ -202,13 +203,27 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
             return f"{finding['verdict']}: {'; '.join(each)}"
         mine = f"{told[finding['verdict']]} in {len(where.pop(finding['verdict']))} of {len(judged)} worlds"
         mine += ", another part in each" * disagree(finding)
+        mine += _left(finding)
         return ", ".join([mine, *(f"{verdict} in {len(those)}" for verdict, those in where.items())])
     place = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
     if finding["verdict"] == Verdict.NOT_RUN:
         place = in_full(finding)
     reason = (key_part(finding) or {}).get("reason", "")
     is_told = finding["verdict"] in (Verdict.HOLDS, Verdict.WRONG) and reason.startswith(OF_SIZE)
-    return finding["verdict"] + place + (f": {reason}" if is_told else "")
+    return finding["verdict"] + place + (f": {reason}" if is_told else "") + _left(finding)
+
+
+def left_open(finding: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the parts that a claim which is wrong without them leaves undecided, where it is wrong."""
+    if finding["verdict"] != Verdict.WRONG:
+        return []
+    elsewhere = {world for world, said in judged_in(finding).items() if said != Verdict.WRONG}
+    return [part for part in deciding(finding) if part["verdict"] in UNDECIDED and part["model"] not in elsewhere]
+
+
+def _left(finding: dict[str, Any]) -> str:
+    left = left_open(finding)
+    return f"; a part is {left[0]['verdict']}" if left else ""
 
 
 def in_full(finding: dict[str, Any]) -> str:

@@ -226,10 +226,9 @@ def accuracy_gain(study: str, arm: str, against: str) -> Measurement:
 
 
 def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measurement:
-    """Returns the smallest rank whose held-out loss is the same as the best rank's.
+    """Returns the smallest rank whose held-out loss is shown to be the same as the best rank's, by two one-sided tests.
 
-    The interval goes from the smallest rank that is not worse by more than the margin, a share of the task gain, to the
-    smallest that was shown to be the same. The value is the smallest whose mean is within the margin.
+    The interval goes down to the smallest rank that is not worse by more than the margin, a share of the task gain.
     """
     results = StudyResults(study)
     ordered = sorted(ranks, key=lambda arm: ranks[arm])
@@ -240,10 +239,11 @@ def smallest_rank(study: str, ranks: dict[str, int], margin: float) -> Measureme
     def first(is_enough: Callable[[str], bool]) -> int:
         return next(ranks[arm] for arm in ordered if arm == best or is_enough(arm))
 
+    shown = first(lambda arm: found[arm].is_same)
     return Measurement(
-        first(lambda arm: behind[arm] <= margin),
+        shown,
         low=first(lambda arm: not (found[arm].exceeds_margin and behind[arm] > 0)),
-        high=first(lambda arm: found[arm].is_same),
+        high=shown,
         n=min((one.n for one in found.values()), default=1),
         evidence={f"rank {ranks[arm]}: loss above the best's, of the task gain": behind[arm] for arm in ordered},
         model=results.subject,
