@@ -746,7 +746,7 @@ def test_claims_find_the_smallest_rank_that_is_enough(tuned: None) -> None:
     enough = smallest(1.98, 0.01)
     assert (enough.low, enough.value, enough.high) == (2, 2, 2)
     unsure = smallest(1.98, 0.5)
-    assert (unsure.low, unsure.value, unsure.high) == (2, 2, 8) and judge(Rule(at_most=4), unsure)[0] == Verdict.OPEN
+    assert (unsure.low, unsure.value, unsure.high) == (2, 8, 8) and judge(Rule(at_most=4), unsure)[0] == Verdict.OPEN
 
 
 def test_claims_count_answers_in_points(tuned: None) -> None:

@@ -261,9 +261,9 @@ def part(**changes: Any) -> Part:
         ("holds, wrong", "holds in part"),
         ("holds, wrong, not run, open", "holds in part"),
         ("holds, open", "open"),
-        ("wrong, open, not run", "open"),
+        ("wrong, open, not run", "wrong"),
         ("holds, not run", "not run"),
-        ("wrong, not run", "not run"),
+        ("wrong, not run", "wrong"),
     ],
 )
 def test_all_assertions_and_conditions_decide_and_nothing_beside_them(verdicts: str, whole: str, tmp_path) -> None:
