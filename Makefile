@@ -109,6 +109,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/python -m benchmarks.prose
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -19,7 +19,6 @@ from benchmarks.page import write_blocks
 
 PAGE, ADVICE_PAGE, STUDY_PAGE = Path("README.md"), Path("docs/advice.md"), Path("docs/your-method.md")
 SHOWN: dict[str, tuple[str, list[int]]] = {
-    "shown:true": ("peftscope claims --published --id P44", [*range(4)]),
     "shown:fits": (
         "peftscope memory llama-3-8b --method qlora --checkpointing --seq-len 1024 --gpu rtx4090",
         [5, -3, -2],

@@ -29,7 +29,7 @@ include_patterns = [
     "docs/hubs/*.md",
     "experiments/*.md",
     "results/published/*.md",
-    f"{REPORTS}/findings.md",
+    *(f"{REPORTS}/{page}.md" for page in ("findings", "studies", "chapter")),
 ]
 exclude_patterns = ["README.md", ".*", "resources", "results/[!p]*", "site", "src", "tests"]
 """README.md is shown in index.md; the folders are left out because they take long to look through."""

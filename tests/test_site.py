@@ -119,7 +119,7 @@ class TestSite:
         first = (site / "index.html").read_text()
         shown = (repository / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
         claims = re.findall(r"claims\.md(#\w+)", shown)
-        assert claims and "claims.svg" in first
+        assert claims and "worlds.svg" in first
         assert [claim for claim in claims if f'href="{REPORTS}/claims.html{claim}"' not in first] == []
         pages = [page.with_suffix("").name for page in (repository / "docs").glob("*.md")]
         assert [page for page in pages if f'href="docs/{page}.html"' not in first] == []

@@ -20,7 +20,7 @@ MODELS_FILE = EXPERIMENTS / "models.yaml"
 TASKS_FILE = EXPERIMENTS / "tasks.yaml"
 CLAIMS_FILE = EXPERIMENTS / "claims.yaml"
 CLAIMS_HISTORY = EXPERIMENTS / "claims-history.yaml"
-FINDINGS_FILE = EXPERIMENTS / "findings.yaml"
+ANSWERS_FILE = EXPERIMENTS / "answers.yaml"
 ADVICE_FILE = EXPERIMENTS / "advice.yaml"
 
 RESOURCES = Path("resources")
@@ -47,7 +47,9 @@ MEMORY_FOLDER = RESULTS / "memory"
 CLAIMS_RESULTS = RESULTS / "claims.json"
 CLAIMS_PAGE = REPORTS / "claims.html"
 """The claims page. Its Markdown version is in the same folder."""
+CHAPTER_PAGE = REPORTS / "chapter.md"
 FINDINGS_PAGE = REPORTS / "findings.md"
+STUDIES_PAGE = REPORTS / "studies.md"
 
 REPOSITORY = Path(__file__).parent.parent.parent
 """The repository, if this package is an editable install of it."""

@@ -47,7 +47,7 @@ TREATMENTS = {
     # The shell's own.
     r"source \S*activate": "shell",
     # Other machines' programs, and tests: the files that they name are there.
-    r"(sudo apt-get|git clone|kubectl|pytest) .*": "files",
+    r"(sudo apt-get|git clone|kubectl|pytest|pip install) .*": "files",
 }
 """How a command is tried, by a pattern of all of it."""
 

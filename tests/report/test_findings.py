@@ -1,122 +1,183 @@
-"""The page of findings: topics name real claims, what surprises comes first, and studies show what they decide."""
+"""The answers that people typed: their numbers, the words on which they rest, and the pages that show them."""
 
 from __future__ import annotations
 
 import html
 import re
 import shutil
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
 from conftest import fast_if
 from ledger_parts import claims, published_findings
 
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
-from peftscope.layout import published_paths
-from peftscope.report.contrasts import answer, contrasts, told
-from peftscope.report.findings import read_content, write_findings
-from peftscope.report.front import MOST_SURPRISES, show_claims, show_study
-from peftscope.report.page import ANSWERS
-from peftscope.report.spoken import left_open, spoken_finding, spoken_verdict
+from peftscope.layout import (
+    ANSWERS_FILE,
+    CHAPTER_PAGE,
+    CLAIMS_PAGE,
+    CLAIMS_RESULTS,
+    FINDINGS_PAGE,
+    STUDIES_PAGE,
+    published_paths,
+)
+from peftscope.planning.published import RETENTION
+from peftscope.report.answers import Sources, read_answers, stale
+from peftscope.report.contrasts import contrasts, in_brackets, told
+from peftscope.report.findings import write_findings
+from peftscope.report.front import show_claims, show_study
+from peftscope.report.publish import publish, restore
+from peftscope.report.spoken import deciding, left_open, spoken_finding, spoken_verdict
+from peftscope.words import spoken_bound
 
-TOPIC = {"title": "One topic", "claims": ["S34"], "larger": "More.", "papers": "Other."}
 COMPARED = [path.parent.parent.name for path in published_paths("tables/contrasts.csv")]
 
 
-def test_the_page_says_what_was_found_and_what_waits(own_folder: Path, repository: Path) -> None:
-    findings = [deepcopy(finding) | {"in_worlds": {}} for finding in published_findings()]
-    by_id = {finding["id"]: finding for finding in findings}
-    topic = TOPIC | {"claims": ["S34", "S97", "S6"], "doubt": "The rates are too low."}
-    first = [{"claim": "S6", "verdict": "wrong", "says": "It takes {0:.0f} GB."}]
-    first += [{"claim": "S34", "verdict": "wrong", "says": "The rank is no bottleneck."}]
-    apart = {"P2": {"why": "Words are many.", "test": "More words."}}
-    by_id["P2"] |= {"verdict": "holds in part", "in_worlds": {"m, sums": "holds", "m, words": "wrong"}}
-    by_id["P1"] |= {"verdict": "wrong", "in_worlds": {"m, sums": "wrong", "m, words": "wrong", "n, words": "open"}}
-    by_id["P3"] |= {"verdict": "holds in part", "in_worlds": {"m, x": "holds in part", "m, y": "holds in part"}}
-    one = next(part for part in by_id["P3"]["parts"] if part["role"] != "beside")
-    by_id["P3"]["parts"] += [one | {"model": "m, x", "verdict": "wrong"}, one | {"model": "m, y", "verdict": "holds"}]
-    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "first": first, "apart": apart}))
-    by_id["S34"]["verdict"], by_id["S97"]["verdict"], by_id["S6"]["verdict"] = "holds", "not run", "wrong"
-    page = write_findings(tuple(claims().values()), findings).read_text()
-    number = next(part["found"] for part in by_id["S6"]["parts"] if part["role"] != "beside")
-    assert f"## What surprised most\n\n- It takes {number:.0f} GB. ([S6](claims.md#S6): Llama-2-7B in BF16)" in page
-    assert page.index("It takes") < page.index("## One topic") and "no bottleneck" not in page
-    assert page.index("**S6**") < page.index("**S34**") < page.index("Not run, or not in full: [S97](claims.md#S97)")
-    assert re.search(r"\n\n\*In doubt.\* The rates are too low.\n\n\*A (much )?larger model \(not tested\).\*", page)
-    assert "**Wrong**" in page and "**Holds**" in page and "Words are many. *What would test it.*" in page
-    assert "; wrong on words with m**" in page and "3 claims on training" in page and "them: wrong in 2 of 3" in page
-    assert page.index("Holds in part in 2 of 2 worlds, another part in each") < page.index("3 claims on training")
-    (row,) = [line for line in page.splitlines() if line.startswith("| variants-60 |")]
-    for finding in findings:
-        if any(p["with"].get("study") == "variants-60" and p["role"] != "beside" for p in finding["parts"]):
-            assert f"{finding['id']} {finding['verdict']}" in row
+def finding(claim: str) -> dict[str, Any]:
+    return next(found for found in published_findings() if found["id"] == claim)
 
 
-@pytest.mark.slow
-def test_a_topic_shows_the_answers_and_pictures_of_its_published_studies(own_folder: Path, repository: Path) -> None:
-    for folder in ("results/published/variants", "reports/published/variants"):
-        shutil.copytree(repository / folder, folder)
-    findings = published_findings()
-    topic = TOPIC | {"studies": ["two-bits", "variants"]}
-    cut = {"variants-families": "Others came first."}
-    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [topic], "cut": cut}))
-    page = write_findings(tuple(claims().values()), findings)
-    (line,) = [line for line in page.read_text().splitlines() if line.startswith("**Do the variants differ?**")]
-    study = StudyResults("variants")
-    assert answer(contrasts(study), study.labels, legend="") in line
-    links = re.findall(r"\]\(([^)]+(?:svg|report\.html))\)", page.read_text())
-    assert len(links) == 2 and all((page.parent / link).is_file() for link in links)
-    assert "\n- `variants-families`. Others came first.\n" in page.read_text()
+def published_row(study: str, arm: str) -> dict[Any, Any]:
+    """The comparison of an arm with LoRA in a study's published table."""
+    rows = pd.read_csv(f"results/published/{study}/tables/contrasts.csv").to_dict("records")
+    return next(row for row in rows if (row["arm"], row["against"]) == (arm, "lora"))
+
+
+@pytest.fixture
+def changed(own_folder: Path, repository: Path) -> Callable[[str, str], None]:
+    """A folder with the published results as the current one; changes a text of the answers there."""
+    shutil.copytree(repository / "reports/published", "reports/published", ignore=shutil.ignore_patterns("*.html"))
+    Path("results/published").mkdir(parents=True)
+    for path in (repository / "results/published").iterdir():
+        Path("results/published", path.name).symlink_to(path)
+
+    def change(before: str, after: str) -> None:
+        text = ANSWERS_FILE.read_text()
+        assert text.count(before) == 1
+        ANSWERS_FILE.write_text(text.replace(before, after))
+
+    return change
+
+
+def test_the_published_answers_agree_with_the_results(in_repository: None, tmp_path: Path) -> None:
+    sources = Sources(published_findings())
+    assert stale(sources) == []
+    page = write_findings(tuple(claims().values()), published_findings(), tmp_path)
+    assert "{" not in page.read_text()
+    row = published_row("sums", "full")
+    assert f"| full fine-tuning | {in_brackets(row, 'percent', '.1f')} same | **+" in page.read_text()
+
+
+def test_a_reference_is_filled_in_each_form(in_repository: None) -> None:
+    fill = Sources(published_findings()).fill
+    row, behind = published_row("pronunciation", "full"), published_row("pronunciation", "attention-r21")
+    assert fill("{pronunciation/full}") == fill("{full}", "pronunciation") == f"{row['percent']:.1f} %"
+    assert fill("{pronunciation/full:about}") == f"{row['percent']:.0f} %"
+    ends = f"{-behind['percent_high']:.1f}, {-behind['percent_low']:.1f}"
+    assert fill("{pronunciation/attention-r21:interval}") == f"{-behind['percent']:.1f} % [{ends}]"
+    assert fill("{pronunciation/full:points}") == f"{row['accuracy']:+.1f}"
+    bounds = [published_row("sums", arm)["bound_percent"] for arm in ("r4", "r64")]
+    assert fill("{largest within of sums/r4, sums/r64}") == f"{spoken_bound(max(bounds))} %"
+    numbers = [part["found"] for part in deciding(finding("P45")) if part["found"] is not None]
+    assert fill("{P45.2}") == f"{100 * numbers[1]:.1f} %"
+    study = StudyResults("sums", is_published=True)
+    assert float(fill("{sums/full:rate}")) == study.rate("full").best
+    runs = study.rate_runs("full")
+    rise = (runs[RETENTION] - runs[f"{RETENTION}_before"]).groupby(runs["learning_rate"]).mean()
+    before = rise[rise.index < study.rate("full").best].iloc[-1]
+    assert fill("{sums/full:forgets}") == f"{100 * (1 - before / rise[study.rate('full').best]):.0f} %"
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("text", "said"),
     [
-        ({"topics": [TOPIC | {"studies": ["variant"]}]}, "One topic: no such experiment (got variant)"),
-        ({"topics": [TOPIC | {"claims": ["S3456"]}]}, "One topic: no such claim (got S3456)"),
-        ({"cut": {"batches": "Others came first."}}, "cut: no such experiment (got batches)"),
+        ("{sums-repeat/full against r64}", "`sums-repeat` does not compare these"),
+        ("{S8}", "has 2 numbers -> write S8.1 for the first"),
+        ("{S5.2}", "has 1 numbers"),
+        ("{sums-repeat/full:wihtin}", "no such form (got wihtin) -> did you mean `within`?"),
+        ("{full:rate}", "is no pair of arms"),
     ],
 )
-def test_a_name_that_does_not_exist_is_refused(changes: dict[str, Any], said: str, own_folder: Path) -> None:
-    Path("experiments/findings.yaml").write_text(yaml.safe_dump({"topics": [TOPIC], **changes}))
-    with pytest.raises(InputError, match=re.escape(f"findings.yaml: {said}")):
-        read_content(list(claims()))
+def test_a_reference_that_names_nothing_is_refused(text: str, said: str, in_repository: None) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        Sources(published_findings()).fill(text)
 
 
-def test_the_readme_shows_the_published_verdicts(repository: Path, in_tmp: None) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("studies: [small-data]", "studies: [small-date]", "no such experiment (got small-date)"),
+        ("claims: [P7, S80]", "claims: [P7, S801]", "no such claim (got S801)"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_refused(before: str, after: str, said: str, changed: Any) -> None:
+    changed(before, after)
+    with pytest.raises(InputError, match=re.escape(said)):
+        write_findings(tuple(claims().values()), published_findings())
+
+
+def test_a_word_that_no_longer_agrees_is_named_with_its_line(changed: Any) -> None:
+    changed("{S8: holds in part}", "{S8: holds}")
+    changed("two-bits/qlora-nf3: behind}", "two-bits/qlora-nf3: behind by 20 to 30}")
+    changed("{sums/qlora:within}", "{sums/dora:within}")
+    changed("ends {two-bits/qlora-nf3:about} behind.", "ends {two-bits/qlora-nf3:about} behind {sums/qlora}.")
+    asked = {"S8", "two-bits/qlora-nf3", "sums/qlora"}
+    found = "; ".join(map(str, stale(Sources(published_findings()), lambda place, name: name in asked)))
+    assert "questions: What does it take?: while: S8: says `holds`, and it is `holds in part` -> mend" in found
+    assert "while: two-bits/qlora-nf3: says `behind by 20 to 30`, and it is 17.6 %" in found
+    assert "{sums/dora:within} has no word" in found and "{sums/qlora} is a size, and `the same`" in found
+
+
+def test_publish_refuses_claims_where_the_answer_of_a_question_is_out_of_date(changed: Any) -> None:
+    for path in (CLAIMS_PAGE, CLAIMS_PAGE.with_suffix(".md"), CHAPTER_PAGE, FINDINGS_PAGE, STUDIES_PAGE):
+        path.write_text("")
+    shutil.copyfile("results/published/claims.json", CLAIMS_RESULTS)
+    changed("{sums/qlora: the same, two-bits", "{sums/qlora: ahead, two-bits")
+    said = "questions: Does QLoRA cost quality?: while: sums/qlora: says `ahead`, and it is `the same`"
+    with pytest.raises(InputError, match=re.escape(said)):
+        publish("claims")
+    assert FINDINGS_PAGE.read_text() == ""
+
+
+@pytest.mark.slow
+def test_publish_refuses_a_study_whose_answer_is_out_of_date(changed: Any) -> None:
+    assert restore("sums-repeat") > 50
+    changed("while: {full: not told apart}", "while: {full: behind}")
+    with pytest.raises(
+        InputError, match=r"studies: sums-repeat: while: full: says `behind`, and it is `not told apart`"
+    ):
+        publish("sums-repeat")
+    assert "says `behind`" in Path("reports/sums-repeat/report.html").read_text()
+
+
+def test_the_readme_shows_the_published_verdicts(repository: Path, changed: Any) -> None:
     shown = (repository / "README.md").read_text()
     linked = re.findall(r"\]\(((?:results|reports|docs|experiments)/[^)#]+)", shown)
     assert len(linked) > 10
     assert all((repository / file).is_file() for file in linked)
     anchors = re.findall(r"claims\.md#([SP]\d+)", shown)
-    assert len(anchors) == MOST_SURPRISES
+    assert len(anchors) > 3
     page = (repository / "reports/published/claims.md").read_text()
     assert all(f'<b id="{anchor}">' in page for anchor in anchors)
 
-    findings = deepcopy(published_findings())
-    surprises = read_content(list(claims())).first
-    Path("README.md").write_text(shown)
-    Path("results/published").mkdir(parents=True)
-    Path("paper").mkdir()
+    Path("README.md").write_text(shown.replace("On sums the two", "On sums, the two"))
     paper = (repository / "paper/paper.md").read_text()
+    Path("paper").mkdir()
     Path("paper/paper.md").write_text(paper)
-    show_claims(findings, surprises)
+    show_claims(published_findings(), read_answers().first)
     assert Path("README.md").read_text() == shown
     assert Path("paper/paper.md").read_text() == paper
 
-    (changed,) = [finding for finding in findings if finding["id"] == anchors[0]]
-    assert changed["verdict"] == surprises[0].verdict
-    changed["verdict"] = "wrong"
-    show_claims(findings, surprises)
-    assert re.findall(r"claims\.md#([SP]\d+)", Path("README.md").read_text())[:2] == anchors[1:]
+    findings = deepcopy(published_findings())
     wrong = sum(finding["verdict"] == "wrong" for finding in findings)
-    assert f"<!--wrong-->{wrong}<!--/-->" in Path("paper/paper.md").read_text()
-    assert f"<!--wrong-->{wrong - 1}<!--/-->" in paper
+    next(finding for finding in findings if finding["verdict"] == "holds")["verdict"] = "wrong"
+    show_claims(findings, read_answers().first)
+    assert f"<!--wrong-->{wrong + 1}<!--/-->" in Path("paper/paper.md").read_text()
 
 
 @pytest.mark.slow
@@ -128,14 +189,6 @@ def test_the_readme_shows_its_study_as_it_is_published(repository: Path, in_tmp:
     assert Path("README.md").read_text() == block.sub("", shown) != shown
     show_study("sums")
     assert Path("README.md").read_text() == shown
-
-
-def test_a_sentence_that_does_not_fit_its_claim_is_refused(repository: Path, in_tmp: None) -> None:
-    findings = published_findings()
-    first, *_ = read_content(list(claims())).first
-    Path("results/published").mkdir(parents=True)
-    with pytest.raises(InputError, match=rf"{first.claim}: the sentence does not fit the claim's numbers"):
-        show_claims(findings, [first.model_copy(update={"says": "It takes {7:.2f} times."})])
 
 
 def test_every_open_or_not_run_claim_says_what_would_decide_it_and_at_what_price(in_repository: None) -> None:
@@ -163,7 +216,6 @@ def test_numbers_of_several_models_have_their_own_scopes(repository: Path, in_re
     of_two, of_one = (spoken_finding(findings[name]) for name in ("S42", "S35"))
     assert " [SmolLM2-135M, two-digit sums]; " in of_two and of_two.endswith(" [Llama-2-7B]")
     assert " [SmolLM2" not in of_one
-    assert f"{of_two}.\n" in Path("reports/published/findings.md").read_text()  # and no scope after both
     trained = next(part for part in findings["S42"]["parts"] if part["kind"] == "training" and part["role"] != "beside")
     there = trained | {"elsewhere": True, "model": "m, words"}
     with_another_world = spoken_finding({"parts": [*findings["S42"]["parts"], there]})
@@ -185,18 +237,14 @@ def test_a_comparison_of_the_same_runs_has_the_same_words_in_every_study(in_repo
 def test_a_comparison_has_one_sign_and_the_same_words_on_every_page(name: str, repository, in_repository: None) -> None:
     assert len(COMPARED) > 20
     study = StudyResults(name)
-    labels, table = study.labels, contrasts(study)
+    table = contrasts(study)
     signs = {(row.arm, row.against): row.difference > 0 for row in table.itertuples()}
     published = pd.read_csv(repository / f"results/published/{name}/tables/contrasts.csv")
     assert {(row.arm, row.against): row.difference > 0 for row in published.itertuples()} == signs
-    said, folder = answer(table, labels, legend=""), repository / "results/published" / name / "figures"
     report = html.unescape((repository / f"reports/published/{name}/report.html").read_text())
-    assert said in report
+    if typed := read_answers().studies.get(name):
+        assert f'id="answer">{Sources().fill(typed.says, name)}</p>' in report
     assert all(f"<td>{told(row)}</td>" in report for row in table.to_dict("records"))
-    if not any((folder / f"{figure}.svg").is_file() for figure in ANSWERS):  # whose sentences are others
-        lines = (repository / "reports/published/findings.md").read_text().splitlines()
-        shown = [line for line in lines if f"{name}/report.html)" in line]
-        assert all(said in line for line in shown if line.startswith("**"))
     for finding in published_findings():
         for part in finding["parts"]:
             asked = part["with"]

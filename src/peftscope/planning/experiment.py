@@ -20,7 +20,7 @@ RESERVED_NAMES = (
     *("peft-comparison", "scorecard", "speed"),
 )
 """The names of other results, whose folders an experiment would mix with its own, or replace when it is published."""
-NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims", "claims-history", "findings", "advice")
+NOT_EXPERIMENTS = ("defaults", "models", "tasks", "claims", "claims-history", "answers", "advice")
 WORLDS = {"A": "sums", "B": "pronunciation", "C": "pronunciation-gemma"}
 """The worlds, each a model with a task, and the study of each."""
 

@@ -9,23 +9,24 @@ from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
 from markupsafe import Markup
 
 from peftscope.claims.ledger import Claim
 from peftscope.claims.verdict import UNDECIDED, Verdict
 from peftscope.files.atomic import write_json
-from peftscope.layout import CLAIMS_PAGE, CLAIMS_RESULTS
+from peftscope.layout import CHAPTER_PAGE, CLAIMS_PAGE, CLAIMS_RESULTS
 from peftscope.report.looks import MARKERS, SAFE_COLOURS
 from peftscope.report.rendering import asset, write_page
 from peftscope.report.spoken import (
     deciding,
-    judged_in,
     key_part,
     left_open,
     measured,
     on_world,
     own_scope,
+    short_verdict,
     spoken_finding,
     spoken_known,
     spoken_moves,
@@ -35,6 +36,7 @@ from peftscope.report.spoken import (
     trained_in,
 )
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
+from peftscope.report.tables import markdown, markdown_text
 from peftscope.words import capitalised, grouped, listed, spoken_number
 
 COLOURS = {
@@ -86,7 +88,7 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "chapter": CHAPTER,
         "colours": COLOURS,
         "meanings": MEANINGS,
-        "learned": [entry for entry in entries if entry["instead"] and entry["claim"].source.startswith("chapter")],
+        "learned": [entry for entry in entries if entry["instead"] and _of_chapter(entry)],
         "hardware": " and ".join(sorted({finding["hardware"] for finding in findings} - {""})) or "-",
         "spoken": partial(spoken_number, digits=4),
         "measured": measured,
@@ -95,8 +97,31 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "spoken_worlds": spoken_worlds,
     }
     write_page(CLAIMS_PAGE.with_suffix(".md"), "claims.md.j2", **content)
+    chapter = [entry for entry in sorted(entries, key=lambda entry: claims.index(entry["claim"])) if _of_chapter(entry)]
+    CHAPTER_PAGE.write_text(_chapter_page(chapter))
     style = asset("report.css") + asset("claims.css")
     return write_page(CLAIMS_PAGE, "claims.html.j2", **content, style=style, script=asset("claims.js"))
+
+
+def _of_chapter(entry: dict[str, Any]) -> bool:
+    return bool(entry["claim"].source.startswith("chapter"))
+
+
+def _chapter_page(entries: list[dict[str, Any]]) -> str:
+    """Returns the page of the chapter in its order: what is wrong with what holds instead, and in a line what holds."""
+    verdicts = [entry["finding"]["verdict"] for entry in entries]
+    counts = pd.DataFrame([{str(verdict): str(verdicts.count(verdict)) for verdict in COLOURS}])
+    lines = [f"# What of the chapter holds\n\nThe {len(entries)} statements of “{CHAPTER}”, in its order:\n"]
+    lines += [markdown(counts).replace("|---|", "|---:|")]
+    sections = grouped((entry["claim"].source.removeprefix("chapter: ").partition(" (")[0], entry) for entry in entries)
+    for section, group in sections.items():
+        lines.append(f"\n## {capitalised(section)}\n")
+        for entry in group:
+            claim, verdict = entry["claim"], capitalised(short_verdict(entry["finding"]))
+            said = f"“{claim.sentence}”" if claim.sentence else f"{claim.statement} (Not in these words.)"
+            instead = f" → {entry['instead'].strip() or entry['key']}" if entry["instead"] else ""
+            lines.append(markdown_text(f"- **{verdict}** [{claim.id}](claims.md#{claim.id}) {said}{instead}"))
+    return "\n".join(lines) + "\n"
 
 
 def row_of(finding: dict[str, Any]) -> str:
@@ -116,9 +141,6 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     others = spoken_finding(finding, but=said)
     known, scope = spoken_known(finding), spoken_scope(finding)
     rest = scope.removeprefix(short).lstrip(",; ")
-    judged, correction = list(judged_in(finding)), claim.correction
-    if judged and correction:
-        correction = f"{capitalised(on_world(judged[0]).lstrip())}: {correction}"
     left = left_open(finding)
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
@@ -132,7 +154,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "also": others if others != "-" else "",
         "basis": capitalised("; ".join(filter(None, [known, rest]))) if known else rest and f"For {rest}",
         "worlds": {spoken_worlds([world]) for world in trained_in(finding)} or {NO_WORLD},
-        "instead": (correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
+        "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
         "advice": claim.advice.get(verdict, ""),
         "left_open": listed(dict.fromkeys(part["measures"] for part in left), "; "),
         "to_decide": claim.to_decide if verdict in UNDECIDED or left else "",

@@ -1,9 +1,8 @@
-"""The tables of a study, its comparisons, controls and rates, as numbers, as text and in sentences. No torch."""
+"""The tables of a study, its comparisons, controls and rates, as numbers and as text. No torch."""
 
 from __future__ import annotations
 
 import math
-from itertools import groupby
 from statistics import median
 from typing import Any
 
@@ -12,27 +11,21 @@ import pandas as pd
 from peftscope.analysis.collect import WRONG_SYMBOLS, paired
 from peftscope.analysis.compare import MARGIN, Outcome
 from peftscope.analysis.exact_match import ARGMAX, has_whole_split, points
-from peftscope.analysis.stats import CONFIDENCE, bootstrap_interval, mean_interval, sign_flip_p, where_reached
+from peftscope.analysis.stats import bootstrap_interval, mean_interval, sign_flip_p, where_reached
 from peftscope.analysis.study import HELDOUT, VALIDATION, StudyResults
 from peftscope.data.tasks import symbols_of
 from peftscope.planning.experiment import A_A
 from peftscope.report.sentences import spoken_outcome
-from peftscope.words import capitalised, formatted, grouped, interval, listed, quoted, signed, spoken_bound
+from peftscope.words import formatted, grouped, interval, quoted, signed, spoken_bound
 
 CONTROLS = {
     "a-a": "another initialisation seed (A/A)",
     "zero-lr": "a learning rate of zero",
     "shuffled-labels": "trained on shuffled answers",
 }
-MOST_WITH_NUMBERS = 16
-"""The most comparisons whose numbers the answer tells. Of more it names the arms; the report has their numbers."""
 EXPLAINED = (
     "Above zero is better. Holm's correction is for all comparisons of the study: it may leave open what one "
     "interval would decide. “Within” is the smallest margin at which two one-sided tests call two the same, rounded up."
-)
-LEGEND = (
-    f" Numbers are % of the task gain with {100 * CONFIDENCE:g} % intervals, points are exact match unless they say of "
-    f"what. {EXPLAINED}"
 )
 STEEP = 1.5
 """A run that ended on the steep rise has more than so many times the median loss at its rate, or at the best below."""
@@ -120,17 +113,6 @@ def told_left_out(study: StudyResults) -> str:
     return "; ".join(f"{', '.join(arms)} ({reason})" for reason, arms in reasons.items())
 
 
-def of_itself(study: StudyResults, table: pd.DataFrame) -> str:
-    """Returns how far an arm at several rates, tuned and run again, ends ahead of itself; empty where none was."""
-    again = table[table["arm"].str.endswith(A_A) & table["arm"].map(study.has_several_rates)]
-    said = ""
-    for row in again.to_dict("records"):
-        own, bound = study.labels[row["against"]], spoken_bound(row["bound_percent"])
-        numbers = f"({_signed(row, 'percent', '.1f')}, within {bound})"
-        said += f" {own}, tuned and run again, is {told(row, own)} {numbers}."
-    return said
-
-
 def at_one_rate(study: StudyResults) -> str:
     """Returns the sentence that leads what a study says of arms at one rate each; empty where they ran at several."""
     return "" if study.has_several_rates(*study.arms) else "Each arm ran at one rate. "
@@ -200,7 +182,8 @@ def told(row: dict[Any, Any], other: str = "") -> str:
     return spoken_outcome(row["outcome"], row["difference"], other=other) + " after Holm's correction" * is_corrected
 
 
-def _signed(row: dict[Any, Any], name: str, spec: str) -> str:
+def in_brackets(row: dict[Any, Any], name: str, spec: str) -> str:
+    """Returns a number of a comparison with its sign, and with its interval in brackets."""
     return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], lambda value: signed(value, spec))
 
 
@@ -250,10 +233,10 @@ def readable_difference(row: dict[Any, Any], reference: str) -> dict[str, str]:
     mark = "" if row.get("is_whole_split", True) else " *"
     return {
         "pairs": _pairs(row),
-        f"ahead of {reference} by (% of the task gain)": _signed(row, "percent", ".1f") if has_gain else "-",
+        f"ahead of {reference} by (% of the task gain)": in_brackets(row, "percent", ".1f") if has_gain else "-",
         "within (%)": spoken_bound(row.get("bound_percent")),
-        points: _signed(row, "accuracy", ".1f") + mark if pd.notna(row.get("accuracy")) else "-",
-        "by (nats/token)": _signed(row, "difference", ".4f"),
+        points: in_brackets(row, "accuracy", ".1f") + mark if pd.notna(row.get("accuracy")) else "-",
+        "by (nats/token)": in_brackets(row, "difference", ".4f"),
     }
 
 
@@ -268,7 +251,7 @@ def readable_controls(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFra
         {
             "control": f"{labels[row['arm']]}, {CONTROLS[row['control']]}",
             "pairs": _pairs(row),
-            "ahead of the arm by (nats/token)": _signed(row, "difference", ".4f"),
+            "ahead of the arm by (nats/token)": in_brackets(row, "difference", ".4f"),
             "gain over the base": formatted(row["control_over_base"], ".4f"),
             "the arm's own": formatted(row["arm_over_base"], ".4f"),
         }
@@ -299,34 +282,15 @@ def _pairs(row: dict[Any, Any]) -> str:
     return f"n = {row['n']}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
 
 
-def answer(table: pd.DataFrame, labels: dict[str, str], legend: str = LEGEND, lead: str = "") -> str:
-    """Returns what a study's comparisons say, a sentence a verdict; empty without any, or without a task gain.
+def counted_line(table: pd.DataFrame, reference: str) -> str:
+    """Returns how many arms are ahead of the reference, the same, and so on, in one line; empty without any.
 
-    Where it tells numbers, ``legend`` explains them at the end. ``lead`` stands before the first sentence.
+    Args:
+        table: The contrasts of a study.
+        reference: The label of the reference.
     """
-    tested = table[~table["arm"].str.endswith(A_A)]
-    if tested.empty or tested["percent"].isna().all():
-        return ""
-    has_numbers, order = len(tested) <= MOST_WITH_NUMBERS, list(Outcome)
-
-    def named(arm: str) -> str:
-        return quoted(labels[arm])
-
-    def clause(row: dict[Any, Any]) -> str:
-        return told(row, named(row["against"]))
-
-    def number(row: dict[Any, Any]) -> str:
-        points = f"; {_signed(row, 'accuracy', '.1f')} points" if row.get("is_whole_split") is True else ""
-        points += f" of {row['points_of']}" if points and "points_of" in row else ""
-        return f" ({_signed(row, 'percent', '.1f')}, within {spoken_bound(row['bound_percent'])}{points})" * has_numbers
-
-    def place(row: dict[Any, Any]) -> tuple[bool, int, str]:
-        return row["against"] != tested["against"].iloc[0], order.index(row["outcome"]), clause(row)
-
-    sentences = []
-    for said, alike in groupby(sorted(tested.to_dict("records"), key=place), clause):
-        first, *others = rows = list(alike)
-        several = listed([named(row["arm"]) + number(row) for row in rows], last=" and ")
-        one = f"{named(first['arm'])} is {said}{number(first)}."
-        sentences.append(capitalised(f"{several} are {said}." if others else one))
-    return lead + " ".join(sentences) + (legend if has_numbers else "")
+    is_arm = ~table["arm"].str.endswith(A_A) & (table["against"] == table["against"].iloc[:1].squeeze())
+    tested = table[is_arm & table["percent"].notna()].to_dict("records")
+    said = sorted(tested, key=lambda row: list(Outcome).index(row["outcome"]))
+    each = grouped((told(row), row["arm"]) for row in said)
+    return f"Beside {reference}: {', '.join(f'{len(arms)} {word}' for word, arms in each.items())}." if each else ""

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from peftscope.analysis.collect import collect_experiment, read_runs
+from peftscope.analysis.study import StudyResults
 from peftscope.analysis.tuning import choose_for_finished
 from peftscope.analysis.weights import measured_runs, weights_path
 from peftscope.claims.ledger import read_history, read_ledger
@@ -19,6 +20,7 @@ from peftscope.files.atomic import write_json
 from peftscope.hardware.cards import PRETENDED
 from peftscope.hardware.device import detect_device
 from peftscope.layout import (
+    CHAPTER_PAGE,
     CLAIMS_HISTORY,
     CLAIMS_PAGE,
     CLAIMS_RESULTS,
@@ -27,6 +29,7 @@ from peftscope.layout import (
     PUBLISHED_REPORTS,
     PUBLISHED_RESULTS,
     RUNS,
+    STUDIES_PAGE,
     directions_path,
     published,
     record_path,
@@ -34,12 +37,13 @@ from peftscope.layout import (
     results_folder,
     run_folder,
 )
-from peftscope.planning.experiment import WORLDS, experiment_path
+from peftscope.planning.experiment import WORLDS, experiment_path, read_experiment
 from peftscope.planning.plan import Plan
 from peftscope.planning.published import LARGEST_BYTES, RECORDS, published_items, published_records, write_runs
 from peftscope.planning.sweep import expand
 from peftscope.record import RESTORED, measured_path, parse_record, state_folder
-from peftscope.report.findings import read_content, write_findings
+from peftscope.report.answers import Sources, check_answers_on, read_answers, stale
+from peftscope.report.findings import write_findings
 from peftscope.report.front import show_claims, show_study
 from peftscope.report.page import write_all
 from peftscope.report.worlds import show_worlds
@@ -64,9 +68,9 @@ def publish_claims() -> list[Path]:
 
     Raises:
         InputError: They were not measured yet, one is too large to commit, or a claim is decided otherwise than in the
-            published file and its history does not say why.
+            published file and its history does not say why, or an answer no longer agrees with them.
     """
-    pages = [CLAIMS_PAGE, CLAIMS_PAGE.with_suffix(".md"), FINDINGS_PAGE]
+    pages = [CLAIMS_PAGE, CLAIMS_PAGE.with_suffix(".md"), CHAPTER_PAGE, FINDINGS_PAGE, STUDIES_PAGE]
     targets = {CLAIMS_RESULTS: PUBLISHED_RESULTS, **dict.fromkeys(pages, PUBLISHED_REPORTS)}
     if not all(path.is_file() for path in targets):
         raise InputError(Problem(str(CLAIMS_RESULTS), "not finished", "run make claims"))
@@ -75,9 +79,10 @@ def publish_claims() -> list[Path]:
     changed = unexplained_changes(ledger, read_history(), read_findings(verdicts)) if verdicts.is_file() else ()
     message, remedy = "is decided otherwise than in the published file", f"say why in {CLAIMS_HISTORY}"
     raise_any(Problem(claim, message, remedy) for claim in changed)
+    raise_any(stale(Sources(read_findings(CLAIMS_RESULTS))))
     copies = [Path(shutil.copyfile(path, folder / path.name)) for path, folder in targets.items()]
     findings = read_findings(verdicts)
-    show_claims(findings, read_content([claim.id for claim in ledger]).first)
+    show_claims(findings, read_answers().first)
     write_findings(ledger, findings, PUBLISHED_REPORTS)
     return copies
 
@@ -105,7 +110,8 @@ def publish_experiment(experiment: str) -> list[Path]:
     experiment on a card they are what has ended.
 
     Raises:
-        InputError: Nothing has run, a published run or figure is missing here, or a file is too large to commit.
+        InputError: Nothing has run, a published run or figure is missing here, a file is too large to commit, or an
+            answer that rests on the study no longer agrees with it.
     """
     experiment_path(experiment)
     source, page = results_folder(experiment), report_path(experiment)
@@ -115,6 +121,8 @@ def publish_experiment(experiment: str) -> list[Path]:
     if ended["gpu"].astype(str).str.startswith(PRETENDED).any():
         remedy = "run it on a card; what stands in for one in tests proves nothing"
         raise InputError(Problem(str(source), "its card is a pretended one", remedy))
+    if read_experiment(experiment_path(experiment)).study:
+        check_answers_on(StudyResults(experiment))
     name = "-".join([experiment, *(re.sub(r"\W+", "-", card.lower()) for card in sorted(set(ended["gpu"].dropna())))])
     results, report = PUBLISHED_RESULTS / name, PUBLISHED_REPORTS / name
     directions = directions_path(experiment)

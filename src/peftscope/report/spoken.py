@@ -185,7 +185,7 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     >>> spoken_verdict({"verdict": "holds", "worlds": ["smollm2-135m, two-digit-sums"]})
     'holds here (1 world)'
     >>> spoken_verdict({"verdict": "holds in part", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "wrong"}})
-    'holds in part: holds on x with m; wrong on y with m'
+    'depends on the task: holds on x with m; wrong on y with m'
     >>> spoken_verdict({"verdict": "holds", "worlds": [], "in_worlds": {"m, x": "holds", "m, y": "open"}})
     'holds in 1 of 2 worlds, open in 1'
     >>> size = {"role": "assertion", "verdict": "wrong", "model": "m, x", "reason": "no difference that matters"}
@@ -200,9 +200,10 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
         told = {verdict: verdict + _size_in(those, finding, verdict) for verdict, those in where.items()}
         if len({*decided(finding).values()}) > 1:
             each = [told[verdict] + listed(map(on_world, those), last=" and") for verdict, those in where.items()]
-            return f"{finding['verdict']}: {'; '.join(each)}"
+            return f"{_split(finding)}: {'; '.join(each)}"
+        if disagree(finding):
+            return f"{_split(finding)}: another part holds in each of {len(judged)} worlds"
         mine = f"{told[finding['verdict']]} in {len(where.pop(finding['verdict']))} of {len(judged)} worlds"
-        mine += ", another part in each" * disagree(finding)
         mine += _left(finding)
         return ", ".join([mine, *(f"{verdict} in {len(those)}" for verdict, those in where.items())])
     place = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
@@ -211,6 +212,17 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     reason = (key_part(finding) or {}).get("reason", "")
     is_told = finding["verdict"] in (Verdict.HOLDS, Verdict.WRONG) and reason.startswith(OF_SIZE)
     return finding["verdict"] + place + (f": {reason}" if is_told else "") + _left(finding)
+
+
+def short_verdict(finding: dict[str, Any]) -> str:
+    """Returns a claim's verdict in a word or two, or that it depends on the task or the model."""
+    return _split(finding) if disagree(finding) else str(finding["verdict"])
+
+
+def _split(finding: dict[str, Any]) -> str:
+    """Returns that a verdict depends on the task, on the model, or on both, by the worlds that decided it."""
+    models, tasks = (set(names) for names in zip(*(world.split(", ", 1) for world in decided(finding)), strict=True))
+    return "depends on " + " and ".join(["the model"] * (len(models) > 1) + ["the task"] * (len(tasks) > 1))
 
 
 def left_open(finding: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from peftscope.analysis.study import LOWEST, PLANNED, StudyResults
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, STEP, Study
 from peftscope.report import contrasts
+from peftscope.report.answers import answer_of
 from peftscope.report.looks import GREY, Look, arm_looks
 from peftscope.report.plots import LABEL_WIDTH, draw_figure, new_figure, plain_ticks
 from peftscope.report.spoken import spoken_worlds
@@ -144,7 +145,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "first": labels[study.reference],
         "against": contrasts.reference_label(study),
         "subject": spoken_worlds([study.subject]),
-        "answer": contrasts.answer(table, labels, lead=contrasts.at_one_rate(study)),
+        "answer": answer_of(study, table, contrasts.counted_line(table, contrasts.reference_label(study))),
         "compares": bool(rows),
         "a_a": bool(a_a),
         "no_gain": math.isnan(study.yardstick) and any(name == "shuffled-labels" for name, _ in study.controls),

@@ -49,7 +49,7 @@ def svg_of(figure: plt.Figure, name: str) -> str:
     text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
     text = re.sub(r"font: ([^;\"]*?)(?:'[^;\"]*|sans-serif)(?=[;\"])", r"font: \1system-ui, sans-serif", text)
     for colour, variable in ((INK, "ink"), (LINE, "line")):
-        text = text.replace(colour, f"var(--{variable})")
+        text = text.replace(colour, f"var(--{variable},{colour})")
     return re.sub(r"\s*\n\s*", "\n", text).strip() + "\n"
 
 

@@ -1,95 +1,77 @@
-"""The figure of worlds: what each question found on each model and task, side by side on one scale. No torch."""
+"""The figure of worlds: how far each arm ends ahead of LoRA on each model and task, on one scale. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from peftscope.analysis.compare import MARGIN
-from peftscope.analysis.forgetting import less_at_equal_loss
-from peftscope.analysis.stats import mean_interval
+from peftscope.analysis.stats import CONFIDENCE
 from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError
 from peftscope.layout import PUBLISHED_RESULTS
 from peftscope.planning.experiment import WORLDS
+from peftscope.report.answers import Sources, read_answers
+from peftscope.report.looks import GREY, MARKERS, SAFE_COLOURS
 from peftscope.report.plots import new_figure
 from peftscope.report.spoken import spoken_worlds
 
-QUESTIONS = {
-    "full fine-tuning": ("full", "lora"),
-    "DoRA": ("dora", "lora"),
-    "PiSSA": ("pissa", "lora"),
-    "rank 1": ("r1", "lora"),
-    "rank 4": ("r4", "lora"),
-    "rank 64": ("r64", "lora"),
-    "attention alone": ("attention-r21", "lora"),
-    "feed-forward alone": ("mlp-r13", "lora"),
-    "rank 64 against full": ("r64", "full"),
-    "attention against full": ("attention-r21", "full"),
-    "feed-forward against attention": ("mlp-r13", "attention-r21"),
+ROWS = {
+    "all weights": "full",
+    "feed-forward alone": "mlp-r13",
+    "rank 64": "r64",
+    "DoRA": "dora",
+    "rank 4": "r4",
+    "PiSSA": "pissa",
+    "rank 1": "r1",
+    "attention alone": "attention-r21",
 }
-"""The rows of the figure in their order: two arms of the studies of worlds, of which the first may be ahead."""
-FORGETS_LESS = {"forgetting, full against LoRA": ("full", "lora")}
-"""The last row, which has a scale of its own: two arms, of which the first may forget less at the same loss."""
+"""The rows of the figure, each with the arm of the studies of worlds that is compared with LoRA."""
 WORLDS_FIGURE = PUBLISHED_RESULTS / "worlds.svg"
+APART = 0.22
+"""How far the points of one row stand from each other, in rows."""
 
 
 def world_answers() -> pd.DataFrame:
-    """Returns a row for each question and world that has a published answer, in % of the task gain ahead of LoRA.
-
-    What is forgotten less is in bits per byte of English prose.
-    """
+    """Returns a row for each arm and world that has a published answer, in % of the task gain ahead of LoRA."""
     rows = []
     for name in WORLDS.values():
         with suppress(InputError):  # it has not run
             study = StudyResults(name, is_published=True)
-            rows += [{"world": study.subject, **row} for row in _answers(study)]
+            for row, arm in ROWS.items():
+                with suppress(InputError):  # the arm has not run there
+                    found, scale = study.difference(arm, study.reference), 100 / study.yardstick
+                    low, high = (scale * end for end in found.interval())
+                    of = {"row": row, "ahead": scale * found.mean, "low": low, "high": high}
+                    rows.append({"world": study.subject, **of})
     return pd.DataFrame(rows)
 
 
-def _answers(study: StudyResults) -> Iterator[dict[str, Any]]:
-    scale = 100 / study.task_gain
-    for question, arms in QUESTIONS.items():
-        with suppress(InputError):  # an arm has not run there
-            found = study.difference(*arms)
-            low, high = (scale * end for end in found.interval())
-            yield {"question": question, "ahead": scale * found.mean, "low": low, "high": high}
-    for question, arms in FORGETS_LESS.items():
-        with suppress(InputError):
-            less = mean_interval(less_at_equal_loss(study, *arms))
-            if less and less.low is not None:
-                yield {"question": question, "ahead": less.mean, "low": less.low, "high": less.high}
-
-
 def show_worlds() -> str:
-    """Draws the figure of worlds, and returns what it shows in words; empty where fewer than two have answers."""
+    """Draws the figure of worlds, and returns what it shows in words; empty where fewer than two have answers.
+
+    Rows are sorted by their means over worlds. The title is typed in ``experiments/answers.yaml``.
+    """
     table = world_answers()
     worlds = list(dict.fromkeys(table["world"])) if len(table) else []
     if len(worlds) < 2:
         return ""
-    grid: dict[str, Any] = {"nrows": 2, "height_ratios": [len(QUESTIONS), 1.2], "sharex": "row", "sharey": "row"}
-    with new_figure(WORLDS_FIGURE, 2 + 2.6 * len(worlds), 4.2, len(worlds), **grid) as panels:
-        for row, questions in zip(panels, (QUESTIONS, FORGETS_LESS), strict=True):
-            for axes, world in zip(row, worlds, strict=True):
-                _draw(axes, table[table["world"] == world].set_index("question").reindex(list(questions)))
-        for axes, below, world in zip(*panels, worlds, strict=True):
-            axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="0.5", alpha=0.25, linewidth=0)
-            axes.set(title=spoken_worlds([world]).replace(" on ", "\n"), xlabel="ahead by (% of the task gain)")
-            below.set(xlabel="forgets less by (bits per byte)")
-        panels[0][0].set_ylim(len(QUESTIONS) - 0.5, -0.5)
-    ahead = "How far each arm ends ahead of LoRA of rank 8, or of the named one, at its best rate, with 95 % intervals"
-    last = "The last row says how much less full fine-tuning forgets of English prose than LoRA at the same loss on "
-    last += "the task, each at its best rate; other rates say otherwise"
-    band = f"The band is ±{100 * MARGIN:g} %, which counts as the same. Where a row is empty, an arm has not finished"
-    return f"{ahead}, for {spoken_worlds(worlds)}. {band}. {last}."
-
-
-def _draw(axes: Axes, rows: pd.DataFrame) -> None:
-    axes.axvline(0, color="0.5", linewidth=0.8)
-    ends = [rows["ahead"] - rows["low"], rows["high"] - rows["ahead"]]
-    axes.errorbar(rows["ahead"], range(len(rows)), xerr=ends, fmt="o", capsize=3)
-    axes.set_yticks(range(len(rows)), rows.index)
+    title = Sources().fill(read_answers().picture.says)
+    order = list(table.groupby("row")["ahead"].mean().sort_values(ascending=False).index)
+    with new_figure(WORLDS_FIGURE, 6.4, 5.0) as axes:
+        axes.axvspan(-100 * MARGIN, 100 * MARGIN, color=GREY, alpha=0.22, linewidth=0)
+        axes.axvline(0, color=GREY, linewidth=1)
+        for place, (world, colour, marker) in enumerate(zip(worlds, SAFE_COLOURS, MARKERS, strict=False)):
+            here = table[table["world"] == world]
+            y = [order.index(row) + APART * (place - (len(worlds) - 1) / 2) for row in here["row"]]
+            ends = [here["ahead"] - here["low"], here["high"] - here["ahead"]]
+            axes.errorbar(here["ahead"], y, xerr=ends, fmt=marker, color=colour, ms=6, label=spoken_worlds([world]))
+        axes.text(0, len(order) - 0.45, "the same as LoRA", ha="center", va="bottom", fontsize="small", color=GREY)
+        axes.set_yticks(range(len(order)), order)
+        axes.set_ylim(len(order) - 0.4, -0.6)
+        axes.set_xlabel("ahead of LoRA of rank 8, in % of what the task teaches")
+        axes.legend(loc="upper left", fontsize="small", frameon=False)
+        axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
+    said = f"Each row says how far an arm ends ahead of LoRA at its best rate, for {spoken_worlds(worlds)}"
+    return f"{title} {said}. Bars are {100 * CONFIDENCE:g} % intervals; the band is ±{100 * MARGIN:g} %."
