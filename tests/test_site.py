@@ -144,7 +144,7 @@ class TestSite:
             doors.nth(number).click()
             titles.append(page.title())
             page.go_back()
-        assert titles[0].startswith("Claims about LoRA") and titles[1].startswith("What will it take on my card?")
+        assert titles[0].startswith("Findings") and titles[1].startswith("What will it take on my card?")
         assert len(titles) == 3
         page.goto(f"{visit.address}search.html?q=reserved")
         page.locator("#search-results li a", has_text="What will it take").first.click()

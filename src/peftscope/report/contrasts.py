@@ -289,7 +289,9 @@ def counted_line(table: pd.DataFrame, reference: str) -> str:
         table: The contrasts of a study.
         reference: The label of the reference.
     """
-    is_arm = ~table["arm"].str.endswith(A_A) & (table["against"] == table["against"].iloc[:1].squeeze())
+    if table.empty:
+        return ""
+    is_arm = ~table["arm"].str.endswith(A_A) & (table["against"] == table["against"].iloc[0])
     tested = table[is_arm & table["percent"].notna()].to_dict("records")
     said = sorted(tested, key=lambda row: list(Outcome).index(row["outcome"]))
     each = grouped((told(row), row["arm"]) for row in said)
