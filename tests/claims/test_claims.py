@@ -421,7 +421,7 @@ def test_verdicts_are_published_only_with_reasons_for_what_changed(own_folder: P
         write_claims_page(ledger, findings)
         write_findings(ledger, findings)
 
-    Path("experiments/findings.yaml").write_text("topics: []")
+    Path("experiments/answers.yaml").write_text("picture: {says: Nothing yet.}")
     write(ENTRY, [])
     publish("claims")
     write(KINDER, [])
