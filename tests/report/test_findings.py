@@ -98,7 +98,8 @@ def test_a_reference_is_filled_in_each_form(in_repository: None) -> None:
     [
         ("{sums-repeat/full against r64}", "`sums-repeat` does not compare these"),
         ("{S8}", "has 2 numbers -> write S8.1 for the first"),
-        ("{S5.2}", "has 1 numbers"),
+        ("{S5.2}", "has no part 2, but 1"),
+        ("{S5.1:within}", "no such form of a claim (got within)"),
         ("{sums-repeat/full:wihtin}", "no such form (got wihtin) -> did you mean `within`?"),
         ("{full:rate}", "is no pair of arms"),
     ],
@@ -124,13 +125,19 @@ def test_a_name_that_does_not_exist_is_refused(before: str, after: str, said: st
 def test_a_word_that_no_longer_agrees_is_named_with_its_line(changed: Any) -> None:
     changed("{S8: holds in part}", "{S8: holds}")
     changed("two-bits/qlora-nf3: behind}", "two-bits/qlora-nf3: behind by 20 to 30}")
-    changed("{sums/qlora:within}", "{sums/dora:within}")
-    changed("ends {two-bits/qlora-nf3:about} behind.", "ends {two-bits/qlora-nf3:about} behind {sums/qlora}.")
-    asked = {"S8", "two-bits/qlora-nf3", "sums/qlora"}
+    asked = {"S8", "two-bits/qlora-nf3"}
     found = "; ".join(map(str, stale(Sources(published_findings()), lambda place, name: name in asked)))
     assert "questions: What does it take?: while: S8: says `holds`, and it is `holds in part` -> mend" in found
     assert "while: two-bits/qlora-nf3: says `behind by 20 to 30`, and it is 17.6 %" in found
-    assert "{sums/dora:within} has no word" in found and "{sums/qlora} is a size, and `the same`" in found
+
+
+def test_a_number_of_a_pair_has_a_word_that_goes_with_it(changed: Any) -> None:
+    changed("{sums/qlora:within}", "{sums/dora:within}")
+    changed("ends {two-bits/qlora-nf3:about} behind.", "ends {two-bits/qlora-nf3:about} behind {sums/qlora}.")
+    with pytest.raises(InputError) as refused:
+        read_answers()
+    assert "questions: Does QLoRA cost quality?: {sums/dora:within} has no word" in str(refused.value)
+    assert "{sums/qlora} is a size, and `the same` -> write {sums/qlora:within}" in str(refused.value)
 
 
 def test_publish_refuses_claims_where_the_answer_of_a_question_is_out_of_date(changed: Any) -> None:

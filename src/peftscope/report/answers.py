@@ -1,10 +1,9 @@
-"""Reads the answers that people typed, fills in their numbers, and finds those that no longer agree. No torch."""
+"""Reads typed answers, fills in their numbers, and finds those that no longer agree with results. No torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -15,7 +14,7 @@ from peftscope.analysis.study import StudyResults
 from peftscope.errors import InputError, Problem, close_match, raise_any
 from peftscope.files.content import Strict, read_yaml
 from peftscope.files.problems import validated
-from peftscope.layout import ANSWERS_FILE, PUBLISHED_RESULTS, shipped
+from peftscope.layout import ANSWERS_FILE, shipped
 from peftscope.planning.experiment import experiment_names
 from peftscope.planning.published import RETENTION
 from peftscope.report.contrasts import contrasts, in_brackets
@@ -35,7 +34,7 @@ _WORD = re.compile(r"(?P<word>[a-z ]+?)(?: by (?P<low>[\d.]+) to (?P<high>[\d.]+
 
 
 class Answer(Strict):
-    """One to three sentences, and what they rest on.
+    """One to three sentences, and the words on which they rest.
 
     Attributes:
         says: The sentences. References such as ``{sums/r4 against full:within}`` stand for numbers, see
@@ -43,37 +42,27 @@ class Answer(Strict):
         words: What has to be so for the sentences to be true: the word for each pair of arms (`ahead`, `behind`,
             `the same`, `not told apart`, with a size where they lean on one, as in `behind by 10 to 35`), and the
             verdict for each claim or part of one.
+        claims: The ids of the claims to which a page links from it.
     """
 
     says: str
     words: dict[str, str] = Field({}, alias="while")
-
-
-class First(Answer):
-    """An answer on the README's first screen.
-
-    Attributes:
-        claims: The ids of the claims that belong to it.
-    """
-
     claims: list[str] = []
 
 
-class Question(First):
+class Question(Answer):
     """A part of the page of findings.
 
     Attributes:
         title: The question.
         table: A table in Markdown, with references.
-        picture: A picture below the published results; it stands where there is no table.
-        rests: The line on what the answer rests on.
-        doubt: What is uncertain, what papers say, and how it was done. It is folded.
+        rests: The line on models, tasks and rates behind the answer.
+        doubt: The folded paragraph: doubts, and the papers' view.
         studies: The experiments whose reports belong to it.
     """
 
     title: str
     table: str = ""
-    picture: str = ""
     rests: str
     doubt: str = ""
     studies: list[str] = []
@@ -91,12 +80,12 @@ class Answers(Strict):
     """
 
     picture: Answer
-    first: list[First] = []
+    first: list[Answer] = []
     questions: list[Question] = []
     studies: dict[str, Answer] = {}
     cut: dict[str, str] = {}
 
-    def all(self) -> Iterator[tuple[str, str, Answer]]:
+    def entries(self) -> Iterator[tuple[str, str, Answer]]:
         """Yields each answer with its place in the file and the study that its pairs are of, if they name none."""
         yield "picture", "", self.picture
         yield from ((f"first[{number}]", "", answer) for number, answer in enumerate(self.first))
@@ -108,10 +97,10 @@ def read_answers() -> Answers:
     """Returns the answers of ``experiments/answers.yaml``.
 
     Raises:
-        InputError: The file has problems, or names an experiment that is not known.
+        InputError: The file has problems, names an experiment that is not known, or tells a number without its word.
     """
     path = shipped(ANSWERS_FILE)
-    known = {"while"}.union(*(kind.model_fields for kind in (Answers, First, Question)))
+    known = {"while"}.union(*(kind.model_fields for kind in (Answers, Question)))
     answers = validated(Answers, read_yaml(path), path, known)
     named = [(f"questions: {each.title}", name) for each in answers.questions for name in each.studies]
     named += [(place, name) for place in ("studies", "cut") for name in getattr(answers, place)]
@@ -120,7 +109,23 @@ def read_answers() -> Answers:
         for where, name in named
         if name not in experiment_names()
     )
+    raise_any(
+        problem for place, _, answer in answers.entries() for problem in _without_word(answer, f"{path}: {place}")
+    )
     return answers
+
+
+def _without_word(answer: Answer, where: str) -> Iterator[Problem]:
+    """Yields a problem for each number of a pair that has no word, or whose word does not go with a bare size."""
+    for match in _REFERENCE.finditer(answer.says):
+        form, of = match["form"] or "", _LARGEST.fullmatch(match["what"])
+        for name in re.split(", *", of[1]) if of else [match["what"]]:
+            if _CLAIM.fullmatch(name) or form in _OF_ARM:
+                continue
+            if not (said := answer.words.get(name, "")):
+                yield Problem(where, f"{match[0]} has no word", f"write `{name}: ...` under `while`")
+            elif not of and form in BARE and not said.startswith((AHEAD, BEHIND)):
+                yield Problem(where, f"{match[0]} is a size, and `{said}`", f"write {{{name}:within}}")
 
 
 class Sources:
@@ -128,12 +133,12 @@ class Sources:
 
     Args:
         findings: The findings on claims.
-        given: Studies that are read from elsewhere than the published files, by their names.
+        given: A study that is read from elsewhere than the published files.
     """
 
-    def __init__(self, findings: list[dict[str, Any]] = [], given: Mapping[str, StudyResults] = {}) -> None:  # noqa: B006
+    def __init__(self, findings: Sequence[dict[str, Any]] = (), given: StudyResults | None = None) -> None:
         self._findings = {finding["id"]: finding for finding in findings}
-        self._studies = dict(given)
+        self._studies = {given.name: given} if given else {}
         self._rows: dict[str, dict[tuple[str, str], dict[Any, Any]]] = {}
 
     def fill(self, text: str, home: str = "") -> str:
@@ -141,8 +146,8 @@ class Sources:
 
         ``{STUDY/ARM against OTHER}`` is the size of a difference in % of the task gain, without its sign. Without
         ``OTHER`` it is against the study's reference, and without ``STUDY`` it is of ``home``. After a colon a form may
-        follow: ``about`` (whole %), ``interval``, ``within``, ``points``, ``cell`` (a cell of a table, with what it
-        says). ``rate`` is the best learning rate of an arm, ``forgets`` how much less of English prose is forgotten one
+        follow: ``about`` (whole %), ``interval``, ``within``, ``points``, ``cell`` (for a table: signed, marked by its
+        word). ``rate`` is the best learning rate of an arm, ``forgets`` how much less of English prose is forgotten one
         rate below it, and ``costs`` the loss of that on the task. ``{largest within of A, B}`` is the largest bound of
         several pairs. ``{P15.2}`` is the number of the second part that decides a claim; ``{P15}`` of its only one.
 
@@ -165,8 +170,7 @@ class Sources:
         word = {Outcome.SAME: SAME, Outcome.OPEN: OPEN}.get(outcome) or spoken_side(row["difference"])
         return word, abs(row["percent"])
 
-    def study(self, name: str) -> StudyResults:
-        """Returns a study, from where it was given or from the published files."""
+    def _study(self, name: str) -> StudyResults:
         if name not in self._studies:
             self._studies[name] = StudyResults(name, is_published=True)
         return self._studies[name]
@@ -176,6 +180,8 @@ class Sources:
             bounds = [self._row(name.strip(), home)["bound_percent"] for name in of[1].split(",")]
             return f"{spoken_bound(max(bounds))} %"
         if claim := _CLAIM.fullmatch(what):
+            if form not in BARE:
+                raise _refused(what, f"no such form of a claim (got {form})", "leave it out, or write about")
             part = self._part(claim)
             size = abs(scale_of(part["unit"]) * part["found"])
             number = spoken_number(round(size) if form == "about" else size)
@@ -197,14 +203,14 @@ class Sources:
         if claim["part"] is None and len(parts) != 1:
             raise _refused(claim[0], f"has {len(parts)} numbers", f"write {claim[0]}.1 for the first")
         if (number := int(claim["part"] or 1)) > len(parts):
-            raise _refused(claim[0], f"has {len(parts)} numbers")
+            raise _refused(claim[0], f"has no part {number}, but {len(parts)}")
         return parts[number - 1]
 
     def _pair(self, name: str, home: str) -> tuple[StudyResults, tuple[str, str]]:
         match = _PAIR.fullmatch(name)
         if not match or not (match["study"] or home):
             raise _refused(name, "is no pair of arms", "write STUDY/ARM or STUDY/ARM against OTHER")
-        study = self.study(match["study"] or home)
+        study = self._study(match["study"] or home)
         return study, (match["arm"], match["against"] or study.reference)
 
     def _row(self, name: str, home: str) -> dict[Any, Any]:
@@ -222,14 +228,14 @@ class Sources:
 
 
 def stale(sources: Sources, wanted: Callable[[str, str], bool] = lambda place, name: True) -> list[Problem]:
-    """Returns a problem for each answer that results no longer agree with, and for each number without a word.
+    """Returns a problem for each word of an answer that results no longer agree with.
 
     Args:
         sources: Where the numbers are.
         wanted: Returns whether to check an answer at a place of the file against a pair or a claim.
     """
     problems = []
-    for place, home, answer in read_answers().all():
+    for place, home, answer in read_answers().entries():
         for name, said in answer.words.items():
             if not wanted(place, name if "/" in name or _CLAIM.fullmatch(name) else f"{home}/{name}"):
                 continue
@@ -240,20 +246,7 @@ def stale(sources: Sources, wanted: Callable[[str, str], bool] = lambda place, n
                 problems.append(Problem(where, f"says `{said}`, and it is `{word}`", "mend the answer"))
             elif asked["low"] and not float(asked["low"]) <= (size or 0.0) <= float(asked["high"]):
                 problems.append(Problem(where, f"says `{said}`, and it is {size:.1f} %", "mend the answer"))
-        for match in _REFERENCE.finditer(answer.says):
-            problems += _without_word(match, answer, f"{ANSWERS_FILE}: {place}")
     return problems
-
-
-def _without_word(reference: re.Match[str], answer: Answer, where: str) -> Iterator[Problem]:
-    named = re.split(", *", of[1]) if (of := _LARGEST.fullmatch(reference["what"])) else [reference["what"]]
-    for name in named:
-        if not _CLAIM.fullmatch(name) and (reference["form"] or "") not in _OF_ARM:
-            said = answer.words.get(name, "")
-            if not said:
-                yield Problem(where, f"{reference[0]} has no word", f"write `{name}: ...` under `while`")
-            elif not of and (reference["form"] or "") in BARE and not said.startswith((AHEAD, BEHIND)):
-                yield Problem(where, f"{reference[0]} is a size, and `{said}`", f"write {{{name}:within}}")
 
 
 def answer_of(study: StudyResults, table: pd.DataFrame, counted: str) -> str:
@@ -261,7 +254,7 @@ def answer_of(study: StudyResults, table: pd.DataFrame, counted: str) -> str:
     answer = read_answers().studies.get(study.name)
     if answer is None or table.empty:
         return counted
-    sources = Sources(given={study.name: study})
+    sources = Sources(given=study)
     place = f"studies: {study.name}"
     if found := stale(sources, lambda at, name: at == place):
         return "; ".join(map(str, found))
@@ -270,19 +263,7 @@ def answer_of(study: StudyResults, table: pd.DataFrame, counted: str) -> str:
 
 def check_answers_on(study: StudyResults) -> None:
     """Raises InputError if an answer no longer agrees with a study."""
-    raise_any(stale(Sources(given={study.name: study}), lambda _, name: name.startswith(f"{study.name}/")))
-
-
-def picture_of(question: Question) -> Path | None:
-    """Returns the path of a question's picture; None without one.
-
-    Raises:
-        InputError: There is no such file.
-    """
-    path = PUBLISHED_RESULTS / question.picture
-    if question.picture and not path.is_file():
-        raise InputError(Problem(f"{ANSWERS_FILE}: questions: {question.title}: picture", f"no such file ({path})"))
-    return path if question.picture else None
+    raise_any(stale(Sources(given=study), lambda _, name: name.startswith(f"{study.name}/")))
 
 
 def _refused(name: str, message: str, remedy: str = "") -> InputError:

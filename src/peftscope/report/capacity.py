@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -75,9 +73,9 @@ def readable_breaks(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["arm"])
 
 
-def capacity_answer(experiment: str, folder: Path | None = None) -> str:
-    """Returns what an experiment's results, or those in another folder, say of the breaks; empty without any."""
-    table = breaks(stored_bits(read_runs(experiment, folder)))
+def capacity_answer(experiment: str) -> str:
+    """Returns what an experiment's results say of the breaks; empty without any."""
+    table = breaks(stored_bits(read_runs(experiment)))
     bounded = table[table["is_bounded"].astype(bool)]
     if bounded.empty:
         return ""

@@ -72,6 +72,7 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     by_id = {finding["id"]: finding for finding in findings}
     order = list(ROWS)
     entries = [_entry(claim, by_id[claim.id]) for claim in claims if claim.id in by_id]
+    chapter = [entry for entry in entries if _of_chapter(entry)]
     entries.sort(key=lambda entry: order.index(row_of(entry["finding"])))
     counts = {v: sum(finding["verdict"] == v for finding in findings) for v in COLOURS}
     topics = grouped((entry["claim"].section, entry) for entry in entries)
@@ -97,7 +98,6 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
         "spoken_worlds": spoken_worlds,
     }
     write_page(CLAIMS_PAGE.with_suffix(".md"), "claims.md.j2", **content)
-    chapter = [entry for entry in sorted(entries, key=lambda entry: claims.index(entry["claim"])) if _of_chapter(entry)]
     CHAPTER_PAGE.write_text(_chapter_page(chapter))
     style = asset("report.css") + asset("claims.css")
     return write_page(CLAIMS_PAGE, "claims.html.j2", **content, style=style, script=asset("claims.js"))
@@ -111,7 +111,7 @@ def _chapter_page(entries: list[dict[str, Any]]) -> str:
     """Returns the page of the chapter in its order: what is wrong with what holds instead, and in a line what holds."""
     verdicts = [entry["finding"]["verdict"] for entry in entries]
     counts = pd.DataFrame([{str(verdict): str(verdicts.count(verdict)) for verdict in COLOURS}])
-    lines = [f"# What of the chapter holds\n\nThe {len(entries)} statements of “{CHAPTER}”, in its order:\n"]
+    lines = [f"# The chapter, checked\n\nThe {len(entries)} statements of “{CHAPTER}”, in its order:\n"]
     lines += [markdown(counts).replace("|---|", "|---:|")]
     sections = grouped((entry["claim"].source.removeprefix("chapter: ").partition(" (")[0], entry) for entry in entries)
     for section, group in sections.items():

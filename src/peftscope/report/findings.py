@@ -18,7 +18,7 @@ from peftscope.errors import Problem, close_match, raise_any
 from peftscope.layout import ANSWERS_FILE, FINDINGS_PAGE, PUBLISHED_REPORTS, REPORTS, STUDIES_PAGE, folder_with
 from peftscope.planning.experiment import experiment_names, experiment_path, read_experiment
 from peftscope.record import FINAL
-from peftscope.report.answers import Question, Sources, picture_of, read_answers
+from peftscope.report.answers import Question, Sources, read_answers
 from peftscope.report.front import rests_on
 from peftscope.report.rendering import write_page
 from peftscope.report.spoken import deciding, in_full, short_verdict
@@ -64,14 +64,12 @@ def _studies_page(studies: list[dict[str, Any]], cut: dict[str, str]) -> str:
 
 
 def _question(question: Question, sources: Sources, by_id: dict[str, Any], folder: Path) -> dict[str, Any]:
-    picture = picture_of(question)
     claims = [f"[{name}](claims.md#{name}) {short_verdict(by_id[name])}" for name in question.claims if name in by_id]
     reports = {name: PUBLISHED_REPORTS / name / "report.html" for name in question.studies}
     return {
         "title": question.title,
         "answer": sources.fill(question.says),
         "table": Markup(sources.fill(question.table)),  # its lines stay lines
-        "picture": os.path.relpath(picture, folder) if picture else "",
         "rests": sources.fill(question.rests),
         "doubt": sources.fill(question.doubt),
         "claims": ", ".join(claims),

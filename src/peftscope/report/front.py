@@ -13,8 +13,7 @@ from peftscope.layout import PUBLISHED_REPORTS, PUBLISHED_RESULTS
 from peftscope.memory.answer import AGREEMENT_FILE
 from peftscope.models.catalog import find_model
 from peftscope.planning.experiment import experiment_path, read_experiment
-from peftscope.planning.resolve import flat_fields, spec_from
-from peftscope.report.answers import First, Sources
+from peftscope.report.answers import Answer, Sources
 from peftscope.report.claims import COLOURS, ROWS, row_of
 from peftscope.report.spoken import decided, spoken_worlds
 from peftscope.report.study import study_facts, study_sentences
@@ -31,7 +30,7 @@ NUMBER = re.compile(r"<!--([a-z ]+)-->[^<]*<!--/-->")
 BEGIN, END = "<!-- published:claims -->\n", "<!-- /published:claims -->"
 
 
-def show_claims(findings: list[dict[str, Any]], answers: Sequence[First]) -> None:
+def show_claims(findings: list[dict[str, Any]], answers: Sequence[Answer]) -> None:
     """Writes the first answers and the picture of worlds into the README, and numbers into pages and the paper.
 
     Only what stands between the files' markers changes.
@@ -67,20 +66,15 @@ def rests_on(findings: list[dict[str, Any]]) -> dict[str, Any]:
     worlds = list(dict.fromkeys(world for finding in findings for world in finding["worlds"]))
     trained = [finding for finding in findings if row_of(finding) == next(iter(ROWS))]
     several = sum(len(decided(finding)) > 1 for finding in trained)
-    lora = flat_fields(spec_from({}, experiment_path(BASE), "cpu"))
     return {
         "claims": len(findings),
         "trained": len(trained),
         "worlds": counted(len(worlds), "world"),
-        "models": len({world.partition(",")[0] for world in worlds}),
         "where": spoken_worlds(worlds),
         "several": several,
-        "base": spoken_worlds([settings.fixed["model"]]),
         "millions": round(shape.parameters / 1e6),
         "steps": settings.fixed["steps"],
         "seeds": len(settings.study.seeds),
-        "rank": lora["rank"],
-        "alpha": f"{lora['alpha']:g}",
     }
 
 

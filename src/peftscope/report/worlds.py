@@ -70,7 +70,7 @@ def show_worlds() -> str:
         axes.text(0, len(order) - 0.45, "the same as LoRA", ha="center", va="bottom", fontsize="small", color=GREY)
         axes.set_yticks(range(len(order)), order)
         axes.set_ylim(len(order) - 0.4, -0.6)
-        axes.set_xlabel("ahead of LoRA of rank 8, in % of what the task teaches")
+        axes.set_xlabel("ahead of LoRA of rank 8, in % of the task gain")
         axes.legend(loc="upper left", fontsize="small", frameon=False)
         axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
     said = f"Each row says how far an arm ends ahead of LoRA at its best rate, for {spoken_worlds(worlds)}"
