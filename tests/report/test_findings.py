@@ -100,7 +100,7 @@ def test_a_reference_is_filled_in_each_form(in_repository: None) -> None:
         ("{S8}", "has 2 numbers -> write S8.1 for the first"),
         ("{S5.2}", "has no part 2, but 1"),
         ("{S5.1:within}", "no such form of a claim (got within)"),
-        ("{sums-repeat/full:wihtin}", "no such form (got wihtin) -> did you mean `within`?"),
+        ("{sums-repeat/full:rates}", "no such form (got rates) -> did you mean `rate`?"),
         ("{full:rate}", "is no pair of arms"),
     ],
 )
