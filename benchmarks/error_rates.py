@@ -1,6 +1,6 @@
 """How often a study's rule says something wrong: simulated comparisons of two arms, the choice of rates included.
 
-``python -m benchmarks.error_rates`` writes ``results/published/error-rates.csv`` and the table of docs/studies.md.
+``python -m benchmarks.error_rates`` writes ``results/published/error-rates.csv`` and the table of docs/error-rates.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPREAD, OF_BATCHES = 0.015, 0.3
 CURVATURE = 0.35
 """How much the log of the loss rises with the square of the log of the rate: by half at three times the best rate."""
 COARSE_STEP = 3.0
-PUBLISHED, PAGE = PUBLISHED_RESULTS / "error-rates.csv", Path("docs/studies.md")
+PUBLISHED, PAGE = PUBLISHED_RESULTS / "error-rates.csv", Path("docs/error-rates.md")
 
 
 @dataclass(frozen=True)

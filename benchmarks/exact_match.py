@@ -20,7 +20,7 @@ from peftscope.planning.published import ITEMS
 from peftscope.report.tables import markdown
 from peftscope.words import signed
 
-PAGE = Path("docs/studies.md")
+PAGE = Path("docs/error-rates.md")
 COLUMNS = {
     "label": "arm",
     "learning_rate": "learning rate",

@@ -15,7 +15,8 @@ from pathlib import Path
 from peftscope.report.answers import read_answers
 
 MOST_A_SENTENCE, MOST_A_PARAGRAPH = 2, 5
-PAGES = (Path("README.md"), Path("docs/rests-on.md"), Path("reports/published/findings.md"))
+METHOD = (Path("docs", f"{name}.md") for name in ("rests-on", "studies", "worlds", "error-rates", "method-history"))
+PAGES = (Path("README.md"), Path("reports/published/findings.md"), *METHOD)
 _LEFT_OUT = re.compile(
     r"^```.*?^```$|^[|#].*?$|!\[.*?\]\(.*?\)|(?<=\])\(.*?\)|`[^`]*`|<[^>]*>", re.MULTILINE | re.DOTALL
 )

@@ -122,7 +122,7 @@ def test_what_a_claim_asks_of_other_worlds_is_what_was_written_down_before_they_
         arms = {each[-1]["study"]: ", ".join(arms_named_in(*each)) for each in asked}
         told = f"{arms.get('pronunciation', '-')} | {arms.get('pronunciation-gemma', '-')}"
         rows += [f"| {claim.id} | {told} |"] * bool(arms)
-    assert "\n".join(["|---|---|---|", *rows, ""]) in (REPOSITORY / "docs" / "studies.md").read_text()
+    assert "\n".join(["|---|---|---|", *rows, ""]) in (REPOSITORY / "docs" / "worlds.md").read_text()
 
 
 def test_two_entries_must_differ(tmp_path: Path) -> None:
@@ -316,8 +316,8 @@ def test_a_lead_is_told_as_ahead_or_behind() -> None:
     for value in (0.02, -0.02):
         found = Measurement(value, low=value - 0.03, high=value + 0.01)
         said[value] = spoken_finding(PartFinding(asked, Verdict.OPEN, found=found).to_json())
-    assert said[0.02] == "DoRA ends 2 % of the task gain ahead of LoRA (1 behind to 3 ahead)"
-    assert said[-0.02] == "DoRA ends 2 % of the task gain behind LoRA (1 to 5 behind)"
+    assert said[0.02] == "DoRA ends 2 % of the task gain ahead of LoRA [−1, 3]"
+    assert said[-0.02] == "DoRA ends 2 % of the task gain behind LoRA [1, 5]"
 
 
 def test_a_topic_lists_claims_that_stand_below_another_heading(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_shares_are_told_in_percent_in_value_rule_and_reason() -> None:
     found = Measurement(0.7, low=0.4, high=0.9, n=9)
     verdict, reason = judge(asked.rule, found, unit=asked.unit)
     shown = PartFinding(asked, verdict, reason, found).to_json()
-    assert (spoken_finding(shown), shown["rule"]) == ("70 % of settings (40 to 90)", "at least 50 % of settings")
+    assert (spoken_finding(shown), shown["rule"]) == ("70 % of settings [40, 90]", "at least 50 % of settings")
     assert reason == "50 % lies within the interval (half-width 25 %)"
 
 
@@ -349,7 +349,7 @@ def test_an_interval_is_drawn_against_what_counts_as_right() -> None:
         left, width = map(float, re.findall(r'<rect x="([\d.]+)" y="3" width="([\d.]+)"', drawn[high])[0])
         assert (float(end) > left + width) == (high > 7)
         assert ">6 GB<" in drawn[high]
-        assert f"({low:g} to {high:g})" in drawn[high]
+        assert f"[{low:g}, {high:g}]" in drawn[high]
     assert not interval(PartFinding(part(rule={"equals": "yes"}), Verdict.HOLDS, found=Measurement("yes")).to_json())
 
 

@@ -240,7 +240,7 @@ def test_one_rule_judges_a_claim_in_every_world_that_has_run(
     monkeypatch.setattr(ledger, "WORLDS", {"A": "sums", "B": "pronunciation"})
     write_losses({"r1": there, "full": 0.2}, study="pronunciation", task="words")
     found = judged()
-    assert spoken_verdict(found) == said and " on words with a toy model (" in spoken_finding(found)
+    assert spoken_verdict(found) == said and " on words with a toy model [" in spoken_finding(found)
     assert not list(unexplained_changes([claims()["P50"]], [], [found]))
 
 

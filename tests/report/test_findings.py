@@ -208,6 +208,14 @@ def test_every_open_or_not_run_claim_says_what_would_decide_it_and_at_what_price
     assert spoken_verdict(findings["S97"]) == "not run in full"
 
 
+def test_a_claim_has_a_row_for_each_world_and_no_difference_is_not_wrong(in_repository: None) -> None:
+    page = Path("reports/published/claims.md").read_text()
+    said = {name: page.partition(f'<b id="{name}">')[2].partition("</details>")[0] for name in ("S28", "S35")}
+    assert all(row in said["S28"] for row in ("\n| two-digit sums | no difference |", "\n| pronunciation | wrong |"))
+    assert "|" not in said["S35"] and "within" not in said["S35"].partition("</summary>")[0]
+    assert len(page.encode()) <= 80_000
+
+
 def test_a_claim_that_is_wrong_without_a_part_names_it_and_says_its_price(in_repository: None) -> None:
     page = Path("reports/published/claims.md").read_text()
     left = {finding["id"]: left_open(finding) for finding in published_findings()}
@@ -221,8 +229,8 @@ def test_a_claim_that_is_wrong_without_a_part_names_it_and_says_its_price(in_rep
 def test_numbers_of_several_models_have_their_own_scopes(repository: Path, in_repository: None) -> None:
     findings = {finding["id"]: finding for finding in published_findings()}
     of_two, of_one = (spoken_finding(findings[name]) for name in ("S42", "S35"))
-    assert " [SmolLM2-135M, two-digit sums]; " in of_two and of_two.endswith(" [Llama-2-7B]")
-    assert " [SmolLM2" not in of_one
+    assert " (SmolLM2-135M, two-digit sums); " in of_two and of_two.endswith(" (Llama-2-7B)")
+    assert " (SmolLM2" not in of_one
     trained = next(part for part in findings["S42"]["parts"] if part["kind"] == "training" and part["role"] != "beside")
     there = trained | {"elsewhere": True, "model": "m, words"}
     with_another_world = spoken_finding({"parts": [*findings["S42"]["parts"], there]})

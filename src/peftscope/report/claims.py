@@ -20,7 +20,12 @@ from peftscope.layout import CHAPTER_PAGE, CLAIMS_PAGE, CLAIMS_RESULTS
 from peftscope.report.looks import MARKERS, SAFE_COLOURS
 from peftscope.report.rendering import asset, write_page
 from peftscope.report.spoken import (
+    GAIN,
+    NAMES,
+    beside,
     deciding,
+    judged_in,
+    key_number,
     key_part,
     left_open,
     measured,
@@ -34,6 +39,7 @@ from peftscope.report.spoken import (
     spoken_verdict,
     spoken_worlds,
     trained_in,
+    word_of,
 )
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
 from peftscope.report.tables import markdown, markdown_text
@@ -55,12 +61,15 @@ ROWS: dict[str, set[str]] = {
 }
 """How claims are known, in the order of a page, each with the kinds of its parts; the last has all others."""
 CHAPTER = "Fine-tuning & Alignment, part 2: LoRA & QLoRA"
+SOURCES = ("chapter", "papers")
 NO_WORLD = "no training"
+BASE = next(iter(NAMES.values()))
+"""The model of most trainings, which lines on claims do not repeat."""
 
 MEANINGS = {
     Verdict.HOLDS: "every part that decides holds, under every condition that was declared before",
     Verdict.IN_PART: "some of what the claim says holds and some fails; the entry says which",
-    Verdict.WRONG: "every part that decides fails",
+    Verdict.WRONG: "every part that decides fails, or shows no difference that matters",
     Verdict.OPEN: "measured and not decided: an interval lies on both sides, or the entry says why it cannot decide",
     Verdict.NOT_RUN: "a part that decides was not measured; the entry says what it waits for",
 }
@@ -72,7 +81,7 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     by_id = {finding["id"]: finding for finding in findings}
     order = list(ROWS)
     entries = [_entry(claim, by_id[claim.id]) for claim in claims if claim.id in by_id]
-    chapter = [entry for entry in entries if _of_chapter(entry)]
+    chapter = [entry for entry in entries if entry["source"] == SOURCES[0]]
     entries.sort(key=lambda entry: order.index(row_of(entry["finding"])))
     counts = {v: sum(finding["verdict"] == v for finding in findings) for v in COLOURS}
     topics = grouped((entry["claim"].section, entry) for entry in entries)
@@ -82,14 +91,16 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
 
     content = {
         "topics": {topic: topics[topic] for topic in sorted(topics, key=place)},
+        "sources": SOURCES,
         "kinds": sorted({part["kind"] for finding in findings for part in finding["parts"]}),
         "worlds": sorted(set().union(*(e["worlds"] for e in entries)), key=lambda name: (name == NO_WORLD, name)),
         "counts": {verdict: count for verdict, count in counts.items() if count},
         "total": len(findings),
+        "base": BASE,
         "chapter": CHAPTER,
         "colours": COLOURS,
         "meanings": MEANINGS,
-        "learned": [entry for entry in entries if entry["instead"] and _of_chapter(entry)],
+        "learned": [entry for entry in entries if entry["instead"] and entry["source"] == SOURCES[0]],
         "hardware": " and ".join(sorted({finding["hardware"] for finding in findings} - {""})) or "-",
         "spoken": partial(spoken_number, digits=4),
         "measured": measured,
@@ -101,10 +112,6 @@ def write_claims_page(claims: tuple[Claim, ...], findings: list[dict[str, Any]])
     CHAPTER_PAGE.write_text(_chapter_page(chapter))
     style = asset("report.css") + asset("claims.css")
     return write_page(CLAIMS_PAGE, "claims.html.j2", **content, style=style, script=asset("claims.js"))
-
-
-def _of_chapter(entry: dict[str, Any]) -> bool:
-    return bool(entry["claim"].source.startswith("chapter"))
 
 
 def _chapter_page(entries: list[dict[str, Any]]) -> str:
@@ -135,23 +142,24 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     verdict = Verdict(finding["verdict"])
     parts = sorted(finding["parts"], key=lambda part: part["role"] == "beside")
     open_parts = [part for part in deciding(finding) if part["verdict"] == Verdict.OPEN]
-    key = key_part(finding)
-    said = spoken_finding(key) if key else "-"
+    key, judged = key_part(finding), judged_in(finding)
     short = (own_scope(key, finding) if key else "") or spoken_scope(finding, short=True)
-    others = spoken_finding(finding, but=said)
-    known, scope = spoken_known(finding), spoken_scope(finding)
-    rest = scope.removeprefix(short).lstrip(",; ")
+    known, scope = "" if judged else spoken_known(finding), spoken_scope(finding)
+    rest = scope.removeprefix(short).replace(spoken_worlds(judged) or scope, "").strip(",; ")
     left = left_open(finding)
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
         "claim": claim,
         "finding": finding,
-        "key": said,
+        "key": _brief({**key, "elsewhere": key["kind"] == "training"} if judged else key) if key else "-",
         "drawing": interval(key) if key else "",
         "short": short,
+        "told_for": short.removeprefix(spoken_worlds(judged) or f"{BASE}, ").lstrip(", "),
         "scope": scope,
         "found": spoken_finding(finding),
-        "also": others if others != "-" else "",
+        "also": _also(key, finding) if key else "",
+        "by_world": Markup(_by_world(finding)),
+        "source": SOURCES[not claim.source.startswith(SOURCES[0])],
         "basis": capitalised("; ".join(filter(None, [known, rest]))) if known else rest and f"For {rest}",
         "worlds": {spoken_worlds([world]) for world in trained_in(finding)} or {NO_WORLD},
         "instead": (claim.correction or " ") if verdict in (Verdict.WRONG, Verdict.IN_PART) else "",
@@ -162,6 +170,36 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "drawn": [interval(part) for part in open_parts] if verdict == Verdict.OPEN else [],
         "figures": [(_figure(name, part), part["measures"] + _elsewhere(part)) for name, part in curves],
     }
+
+
+def _brief(part: dict[str, Any]) -> str:
+    """Returns a part's number where the page has said that leads are in per cent of the task gain."""
+    return key_number(part).replace(f" {GAIN}", "")
+
+
+def _also(key: dict[str, Any], finding: dict[str, Any]) -> str:
+    """Returns what was found beside the key of a claim: its bound, points or threshold, and all of the other parts."""
+    told = [beside(key)] if beside(key) else []
+    for part in deciding(finding):
+        if part is not key and part["found"] is not None:
+            told.append(", ".join(filter(None, [_brief(part), own_scope(part, finding), beside(part)])))
+    return capitalised("; ".join(dict.fromkeys(told))) if told else ""
+
+
+def _by_world(finding: dict[str, Any]) -> str:
+    """Returns a table of what was found in each world that judged a claim; empty for a claim of one world."""
+    parts = [part for part in deciding(finding) if part["found"] is not None]
+    rows = [
+        {
+            "world": on_world(part["model"]).removeprefix(" on ") or NO_WORLD,
+            "verdict": word_of({"parts": [part]}, part["verdict"]),
+            "found": _brief({**part, "elsewhere": False}),
+            "beside": beside(part),
+            "known": part["known"].removeprefix("trained, ").removesuffix(f" on {part['model']}"),
+        }
+        for part in parts
+    ]
+    return markdown(pd.DataFrame(rows)).replace("---:", "---") if judged_in(finding) else ""
 
 
 def _elsewhere(part: dict[str, Any]) -> str:

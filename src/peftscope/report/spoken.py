@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from peftscope.analysis.compare import MARGIN
@@ -22,37 +22,64 @@ NAMES = {
 MOST_WORDS = 5
 """The most words of a scope in the one sentence on a claim."""
 
+GAIN = "of the task gain"
+"""The unit of leads, of which a page says once that it is meant."""
+_SAME = "no difference"
+"""The word for a claim, or its part in a world, that says of two who are the same that they differ."""
 _SIDES = re.compile(" (ahead of|behind)( |$)")
 """An answer that says who is ahead, and so is followed by the margin."""
 
 
-def spoken_finding(finding: dict[str, Any], but: str = "") -> str:
-    """Returns what was measured of a claim's deciding parts, or of one part, as an answer to what is claimed.
+def spoken_finding(finding: dict[str, Any]) -> str:
+    """Returns what was measured of a claim's deciding parts, or of one part, with what stands beside it.
 
     If a claim's numbers are of several models, each is told with its scope (``own_scope``).
 
-    Args:
-        finding: The claim's finding, or a part of it.
-        but: What is told of a part that is left out.
+    >>> part = {"found": -0.02, "low": -0.05, "high": 0.01, "unit": GAIN, "answer": "A ends 2 % behind B"}
+    >>> spoken_finding(part | {"evidence": {WITHIN: 0.04, POINTS: "+3.0 [+1.0, +5.0]"}, "matters": 0.025})
+    'A ends 2 % behind B [−1, 5], within 4.0 %, +3.0 [+1.0, +5.0] points of exact match'
     """
     if "parts" in finding:
         told = []
         for part in deciding(finding):
-            if part["found"] is not None and (said := spoken_finding(part)) != but:
+            if part["found"] is not None:
                 scope = own_scope(part, finding)
-                told.append(said + asked(part) + f" [{scope}]" * bool(scope))
+                told.append(spoken_finding(part) + asked(part) + f" ({scope})" * bool(scope))
         return "; ".join(dict.fromkeys(told)) or "-"
-    if finding["found"] is None:
+    return ", ".join([key_number(finding), *_beside(finding)])
+
+
+def key_number(part: dict[str, Any]) -> str:
+    """Returns the answer that a part gives in one number with its interval; "-" if it was not measured.
+
+    >>> part = {"found": -0.02, "low": -0.05, "high": 0.01, "unit": GAIN}
+    >>> key_number(part | {"answer": "A ends 2 % behind B"}), key_number(part | {"evidence": {}})
+    ('A ends 2 % behind B [−1, 5]', '−2 % of the task gain [−5, 1]')
+    """
+    if part["found"] is None:
         return "-"
-    where = on_world(finding["model"]) if finding.get("elsewhere") else ""
-    if not (answer := finding.get("answer")):
-        return measured(finding) + where
-    if not _SIDES.search(answer):
-        return f"{answer}{where}" + spread(finding)
-    more = "".join(f", {points} {of}" for of in (POINTS, TOKENS) if (points := finding["evidence"].get(of)))
-    if WITHIN in finding["evidence"] and not finding.get("matters"):  # each ran at one rate
-        more += " at these rates"
-    return f"{answer}{where}" + spread(finding, sides=True) + more
+    where = on_world(part["model"]) if part.get("elsewhere") else ""
+    if not (answer := part.get("answer")):
+        return measured(part) + where
+    where *= where.partition(" with ")[0].strip() not in answer
+    return answer + where + spread(part, is_lag=bool(_SIDES.search(answer)) and part["found"] < 0)
+
+
+def beside(part: dict[str, Any]) -> str:
+    """Returns what ``key_number`` leaves out: the bound of a difference with its points, or the threshold."""
+    return ", ".join(filter(None, [*_beside(part), asked(part).removeprefix(", ")]))
+
+
+def _beside(part: dict[str, Any]) -> list[str]:
+    if part["found"] is None or not _SIDES.search(part.get("answer") or ""):
+        return []
+    told, unit = [], part["unit"]
+    if bound := part["evidence"].get(WITHIN):
+        told.append(f"within {spoken_bound(scale_of(unit) * bound)}" + " %" * (unit == GAIN))
+        margin = max((abs(a) for a in part.get("judged", {}).values() if not isinstance(a, str)), default=0)
+        told += [f"margin {spoken_number(scale_of(unit) * margin)}"] * (margin not in (0, MARGIN))
+        told += ["at one rate each"] * (not part.get("matters"))
+    return told + [f"{points} {of}" for of in (POINTS, TOKENS) if (points := part["evidence"].get(of))]
 
 
 def asked(part: dict[str, Any]) -> str:
@@ -86,34 +113,12 @@ def measured(part: dict[str, Any]) -> str:
     return (f"{shown}: " if shown else "") + spoken_quantity(part["found"], part["unit"]) + spread(part)
 
 
-def spread(part: dict[str, Any], sides: bool = False) -> str:
-    """Returns a part's interval in brackets, in the scale of its value; empty without one.
-
-    Args:
-        part: The part.
-        sides: Whether the ends are told as ahead and behind in place of their signs, with the bound of the difference,
-            and with the margin that the claim is judged by, if it is not the usual one.
-
-    >>> part = {"low": -0.02, "high": 0.05, "unit": "of the task gain", "evidence": {WITHIN: 0.04}}
-    >>> spread(part), spread(part, sides=True), spread(part | {"high": -0.01}, sides=True)
-    (' (−2 to 5)', ' (2 behind to 5 ahead, within 4.0)', ' (1 to 2 behind, within 4.0)')
-    >>> spread(part | {"judged": {"same_within": 0.05}}, sides=True)
-    ' (2 behind to 5 ahead, within 4.0, margin 5)'
-    """
+def spread(part: dict[str, Any], is_lag: bool = False) -> str:
+    """Returns a part's interval in brackets, in the scale of its value, with its sign turned for a lag; or nothing."""
     if part["low"] is None:
         return ""
-    ends = [scale_of(part["unit"]) * part[end] for end in ("low", "high")]
-    low, high = map(spoken_number, ends)
-    if sides:
-        low, high = (spoken_number(abs(end)) for end in sorted(ends, key=abs if max(ends) <= 0 else float))
-        high += " behind" if max(ends) <= 0 else " ahead"
-        low += " behind" * (min(ends) < 0 < max(ends))
-        if bound := part["evidence"].get(WITHIN):
-            high += f", within {spoken_bound(scale_of(part['unit']) * bound)}"
-            asked = max((abs(a) for a in part.get("judged", {}).values() if not isinstance(a, str)), default=0)
-            if asked not in (0, MARGIN):
-                high += f", margin {spoken_number(scale_of(part['unit']) * asked)}"
-    return f" ({low} to {high})"
+    low, high = (scale_of(part["unit"]) * part[end] for end in ("low", "high"))
+    return f" [{spoken_number(-high if is_lag else low)}, {spoken_number(-low if is_lag else high)}]"
 
 
 def key_part(finding: dict[str, Any]) -> dict[str, Any] | None:
@@ -179,8 +184,7 @@ def disagree(finding: dict[str, Any]) -> bool:
 def spoken_verdict(finding: dict[str, Any]) -> str:
     """Returns a claim's verdict, with its worlds if the claim speaks of models and tasks at large.
 
-    That a difference is there and does not matter, or that none which matters is there, belongs to the verdict. So does
-    that a part of a wrong claim is undecided.
+    A part of a wrong claim that is undecided is told too.
 
     >>> spoken_verdict({"verdict": "holds", "worlds": ["smollm2-135m, two-digit-sums"]})
     'holds here (1 world)'
@@ -192,31 +196,45 @@ def spoken_verdict(finding: dict[str, Any]) -> str:
     >>> size["measures"] = "loss"
     >>> said = {"m, x": "wrong", "m, y": "open"}
     >>> spoken_verdict({"verdict": "wrong", "worlds": [], "in_worlds": said, "parts": [size]})
-    'wrong (no difference that matters) in 1 of 2 worlds, open in 1'
+    'no difference in 1 of 2 worlds, open in 1'
     """
     worlds, judged = len(finding["worlds"]), judged_in(finding)
     if judged:
-        where = grouped((verdict, world) for world, verdict in judged.items())
-        told = {verdict: verdict + _size_in(those, finding, verdict) for verdict, those in where.items()}
-        if len({*decided(finding).values()}) > 1:
-            each = [told[verdict] + listed(map(on_world, those), last=" and") for verdict, those in where.items()]
-            return f"{_split(finding)}: {'; '.join(each)}"
+        where = grouped((word_of(finding, verdict, world), world) for world, verdict in judged.items())
+        words = {word_of(finding, verdict, world): verdict for world, verdict in decided(finding).items()}
+        if len(words) > 1:
+            each = [word + listed(map(on_world, those), last=" and") for word, those in where.items()]
+            return f"{_split(finding)}: " * (len({*words.values()}) > 1) + "; ".join(each) + _left(finding)
         if disagree(finding):
             return f"{_split(finding)}: another part holds in each of {len(judged)} worlds"
-        mine = f"{told[finding['verdict']]} in {len(where.pop(finding['verdict']))} of {len(judged)} worlds"
-        mine += _left(finding)
-        return ", ".join([mine, *(f"{verdict} in {len(those)}" for verdict, those in where.items())])
+        mine = next(iter(words), finding["verdict"])
+        first = f"{mine} in {len(where.pop(mine))} of {len(judged)} worlds{_left(finding)}"
+        return ", ".join([first, *(f"{word} in {len(those)}" for word, those in where.items())])
     place = "" if not worlds else " here (1 world)" if worlds == 1 else f" ({worlds} worlds)"
     if finding["verdict"] == Verdict.NOT_RUN:
         place = in_full(finding)
-    reason = (key_part(finding) or {}).get("reason", "")
-    is_told = finding["verdict"] in (Verdict.HOLDS, Verdict.WRONG) and reason.startswith(OF_SIZE)
-    return finding["verdict"] + place + (f": {reason}" if is_told else "") + _left(finding)
+    return word_of(finding, finding["verdict"]) + place + _left(finding)
+
+
+def word_of(finding: dict[str, Any], verdict: str, world: str = "") -> str:
+    """Returns the word for a verdict on a claim, in one world or in all, with the size of a difference that is small.
+
+    A claim that one is better is wrong where two are the same, and “no difference” says so.
+
+    >>> part = {"role": "assertion", "verdict": "wrong", "model": "m, x", "reason": "no difference that matters, ±2"}
+    >>> word_of({"parts": [part]}, "wrong"), word_of({"parts": [part, {**part, "reason": ""}]}, "wrong")
+    ('no difference', 'wrong')
+    """
+    parts = [part for part in deciding(finding) if part["verdict"] == verdict and world in ("", part["model"])]
+    reasons = {part["reason"] for part in parts}
+    if reasons and all(reason.startswith(OF_SIZE[1]) for reason in reasons):
+        return _SAME
+    return verdict + (f" ({reasons.pop()})" if len(reasons) == 1 and min(reasons).startswith(OF_SIZE[0]) else "")
 
 
 def short_verdict(finding: dict[str, Any]) -> str:
     """Returns a claim's verdict in a word or two, or that it depends on the task or the model."""
-    return _split(finding) if disagree(finding) else str(finding["verdict"])
+    return _split(finding) if disagree(finding) else word_of(finding, finding["verdict"])
 
 
 def _split(finding: dict[str, Any]) -> str:
@@ -242,13 +260,6 @@ def in_full(finding: dict[str, Any]) -> str:
     """Returns what follows "not run" where a part of the claim was measured all the same."""
     was_measured = any(part["found"] is not None for part in deciding(finding))
     return " in full" * (finding["verdict"] == Verdict.NOT_RUN and was_measured)
-
-
-def _size_in(worlds: Sequence[str], finding: dict[str, Any], verdict: str) -> str:
-    """Returns in brackets what all parts that give a verdict in some worlds say of a difference's size, if they do."""
-    parts = [part for part in deciding(finding) if part["verdict"] == verdict and part["model"] in worlds]
-    reasons = {part["reason"] for part in parts}
-    return f" ({parts[0]['reason']})" if len(reasons) == 1 and parts[0]["reason"].startswith(OF_SIZE) else ""
 
 
 def on_world(world: str) -> str:

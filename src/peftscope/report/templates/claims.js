@@ -7,7 +7,7 @@ function filter() {
   const words = wanted.words.toLowerCase().split(/\s+/).filter(Boolean);
   let shown = 0;
   for (const claim of claims) {
-    const fits = ["topic", "verdict", "kind", "world"]
+    const fits = ["source", "topic", "verdict", "kind", "world"]
       .every(name => !wanted[name] || claim.dataset[name].split("|").includes(wanted[name]))
       && words.every(word => claim.id.toLowerCase() === word || saying(claim).includes(word));
     claim.hidden = !fits;
