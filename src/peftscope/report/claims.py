@@ -42,7 +42,7 @@ from peftscope.report.spoken import (
     word_of,
 )
 from peftscope.report.svg import STYLE, in_page, interval, svg_of
-from peftscope.report.tables import markdown, markdown_text
+from peftscope.report.tables import html, markdown, markdown_text
 from peftscope.words import capitalised, grouped, listed, spoken_number
 
 COLOURS = {
@@ -147,6 +147,7 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
     known, scope = "" if judged else spoken_known(finding), spoken_scope(finding)
     rest = scope.removeprefix(short).replace(spoken_worlds(judged) or scope, "").strip(",; ")
     left = left_open(finding)
+    worlds = _by_world(finding)
     curves = [(f"{claim.id}-{number}", part) for number, part in enumerate(parts) if part["curves"]]
     return {
         "claim": claim,
@@ -156,9 +157,10 @@ def _entry(claim: Claim, finding: dict[str, Any]) -> dict[str, Any]:
         "short": short,
         "told_for": short.removeprefix(spoken_worlds(judged) or f"{BASE}, ").lstrip(", "),
         "scope": scope,
-        "found": spoken_finding(finding),
+        "found": spoken_finding(finding) if not judged else "",
         "also": _also(key, finding) if key else "",
-        "by_world": Markup(_by_world(finding)),
+        "by_world": Markup(markdown(worlds).replace("---:", "---")) if judged else "",
+        "table": Markup(html(worlds, f"{claim.id}-worlds")) if judged else "",
         "source": SOURCES[not claim.source.startswith(SOURCES[0])],
         "basis": capitalised("; ".join(filter(None, [known, rest]))) if known else rest and f"For {rest}",
         "worlds": {spoken_worlds([world]) for world in trained_in(finding)} or {NO_WORLD},
@@ -186,8 +188,8 @@ def _also(key: dict[str, Any], finding: dict[str, Any]) -> str:
     return capitalised("; ".join(dict.fromkeys(told))) if told else ""
 
 
-def _by_world(finding: dict[str, Any]) -> str:
-    """Returns a table of what was found in each world that judged a claim; empty for a claim of one world."""
+def _by_world(finding: dict[str, Any]) -> pd.DataFrame:
+    """Returns what was found of a claim: a row of text for each deciding part, with the world that it is of."""
     parts = [part for part in deciding(finding) if part["found"] is not None]
     rows = [
         {
@@ -199,7 +201,7 @@ def _by_world(finding: dict[str, Any]) -> str:
         }
         for part in parts
     ]
-    return markdown(pd.DataFrame(rows)).replace("---:", "---") if judged_in(finding) else ""
+    return pd.DataFrame(rows)
 
 
 def _elsewhere(part: dict[str, Any]) -> str:
