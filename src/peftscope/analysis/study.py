@@ -46,6 +46,7 @@ PLANNED = 0.02
 """The half-width of the interval of a difference that a study plans for, as a share of the task gain."""
 
 
+_RANK = re.compile(r"(?:(.+)-)?r(\d+)")
 _CONTROL = re.compile(rf"{CONTROL}({'|'.join(get_args(Control))})-(.+)")
 
 
@@ -152,7 +153,7 @@ class StudyResults:
                 found[arm] = f"{found[arm.removesuffix(A_A)]} against itself (A/A)"
             else:
                 own = arm.removeprefix(f"{method}-")
-                found[arm] = label if is_plain else f"{label}, {arm if own in firsts else own}"
+                found[arm] = label if is_plain else f"{label}, {_in_words(arm if own in firsts else own)}"
         return found
 
     @property
@@ -402,3 +403,15 @@ class StudyResults:
         records = published_records(self.folder.name).items()  # of a wheel, which leaves their losses out
         rows = [{"run_id": run, **row} for run, text in records for row in loss_rows(json.loads(text))]
         return pd.DataFrame(rows).set_index(index)
+
+
+def _in_words(arm: str) -> str:
+    """Returns the name of an arm that names a rank, or a place and a rank, in words.
+
+    >>> _in_words("mlp-r13"), _in_words("r4"), _in_words("alpha-8")
+    ('feed-forward at rank 13', 'rank 4', 'alpha-8')
+    """
+    if not (named := _RANK.fullmatch(arm)):
+        return arm
+    place = {"mlp": "feed-forward"}.get(named[1], named[1])
+    return (f"{place} at " if place else "") + f"rank {named[2]}"

@@ -17,12 +17,10 @@ from peftscope.files.problems import validated
 from peftscope.layout import ANSWERS_FILE, shipped
 from peftscope.planning.experiment import experiment_names
 from peftscope.planning.published import RETENTION
-from peftscope.report.contrasts import contrasts, in_brackets
-from peftscope.report.sentences import spoken_side
+from peftscope.report.contrasts import AHEAD, BEHIND, contrasts, in_brackets, word_of
 from peftscope.report.spoken import deciding, spoken_number
 from peftscope.words import scale_of, signed, spoken_bound
 
-AHEAD, BEHIND, SAME, OPEN = "ahead", "behind", "the same", "not told apart"
 BARE = ("", "about")
 """The forms that tell a size alone, which is no finding unless one arm is ahead of the other."""
 
@@ -166,9 +164,7 @@ class Sources:
             found = self._part(claim) if claim["part"] else self._finding(claim["id"])
             return str(found["verdict"]), None
         row = self._row(name, home)
-        outcome = Outcome(row["outcome"])
-        word = {Outcome.SAME: SAME, Outcome.OPEN: OPEN}.get(outcome) or spoken_side(row["difference"])
-        return word, abs(row["percent"])
+        return word_of(row), abs(row["percent"])
 
     def _study(self, name: str) -> StudyResults:
         if name not in self._studies:
@@ -259,6 +255,17 @@ def answer_of(study: StudyResults, table: pd.DataFrame, counted: str) -> str:
     if found := stale(sources, lambda at, name: at == place):
         return "; ".join(map(str, found))
     return sources.fill(answer.says, study.name)
+
+
+def headline(study: StudyResults, table: pd.DataFrame) -> str:
+    """Returns the first sentence of the typed answer of a study; empty without one, or if it is out of date."""
+    place = f"studies: {study.name}"
+    if table.empty or study.name not in (typed := read_answers().studies):
+        return ""
+    sources = Sources(given=study)
+    if stale(sources, lambda at, name: at == place):
+        return ""
+    return sources.fill(typed[study.name].says, study.name).partition(". ")[0].rstrip(".:")
 
 
 def check_answers_on(study: StudyResults) -> None:

@@ -10,14 +10,16 @@ import pandas as pd
 
 from peftscope.analysis.collect import WRONG_SYMBOLS, paired
 from peftscope.analysis.compare import MARGIN, Outcome
-from peftscope.analysis.exact_match import ARGMAX, has_whole_split, points
+from peftscope.analysis.exact_match import ARGMAX, GREEDY, has_whole_split, points
 from peftscope.analysis.stats import bootstrap_interval, mean_interval, sign_flip_p, where_reached
 from peftscope.analysis.study import HELDOUT, VALIDATION, StudyResults
 from peftscope.data.tasks import symbols_of
 from peftscope.planning.experiment import A_A
-from peftscope.report.sentences import spoken_outcome
+from peftscope.report.sentences import spoken_outcome, spoken_side
 from peftscope.words import formatted, grouped, interval, quoted, signed, spoken_bound
 
+AHEAD, BEHIND, SAME, OPEN = "ahead", "behind", "the same", "not told apart"
+"""The words on a difference."""
 CONTROLS = {
     "a-a": "another initialisation seed (A/A)",
     "zero-lr": "a learning rate of zero",
@@ -80,6 +82,14 @@ def _contrast(study: StudyResults, arm: str, against: str) -> dict[str, Any]:
         row |= {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
         row["is_whole_split"] = bool(symbols) or has_whole_split(study, arm, against)
         row |= {"points_of": "argmax tokens"} if symbols else {}
+    score = WRONG_SYMBOLS if symbols else GREEDY
+    if all(score in side and side[score].notna().any() for side in (mine, other)):
+        means = [100 * study.mean_of(arm, against)(list(side[score].dropna())) for side in (mine, other)]
+        row |= {
+            "score_of": f"wrong {symbols}" if symbols else "exact match",
+            "score": means[0],
+            "score_against": means[1],
+        }
     losses = list(other[VALIDATION].dropna()) if VALIDATION in other else []
     target = study.mean_of(against)(losses) + MARGIN * study.yardstick if losses else math.nan
     if math.isfinite(target) and (samples := samples_to(study, target, arm)):
@@ -182,28 +192,47 @@ def told(row: dict[Any, Any], other: str = "") -> str:
     return spoken_outcome(row["outcome"], row["difference"], other=other) + " after Holm's correction" * is_corrected
 
 
+def word_of(row: dict[Any, Any]) -> str:
+    """Returns the word on a comparison."""
+    words = {Outcome.SAME: SAME, Outcome.OPEN: OPEN}
+    return words.get(Outcome(row["outcome"])) or spoken_side(row["difference"])
+
+
 def in_brackets(row: dict[Any, Any], name: str, spec: str) -> str:
     """Returns a number of a comparison with its sign, and with its interval in brackets."""
     return interval(row[name], row[f"{name}_low"], row[f"{name}_high"], lambda value: signed(value, spec))
 
 
+def in_blocks(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the contrasts in blocks, one for each arm that others are compared with, the best first, the A/A last."""
+    if table.empty:
+        return table
+    keys = {
+        "block": pd.factorize(table["against"])[0],
+        "is_a_a": table["arm"].str.endswith(A_A),
+        "lag": -table["difference"],
+    }
+    return table.loc[table.assign(**keys).sort_values(list(keys), kind="stable").index]
+
+
 def readable_contrasts(table: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
-    """Returns the contrasts as text for people."""
-    rows = []
+    """Returns the contrasts as text for people, in blocks."""
+    rows, table = [], in_blocks(table)
+    several = len(table) and table["against"].nunique() > 1
     for row in table.to_dict("records"):
-        reference = table["against"].iloc[0]
+        against = of_tunings(labels[row["against"]], row.get("tunings", math.nan))
         text = {
-            "arm": compared_label(row["arm"], row["against"], reference, labels),
+            "arm": labels[row["arm"]],
+            **({"against": against} if several else {}),
             "what it says": told(row),
-            **readable_difference(row, labels[reference]),
+            **readable_difference(row, "" if several else labels[row["against"]]),
             "pairs that would decide": formatted(row["pairs_to_decide"], ",.0f"),
             "standard error of tuning (%)": formatted(row["tuning_error_percent"] or math.nan, ".1f"),
         }
         if "samples_to_reference" in row:
             samples = formatted(row["samples_to_reference"], ",.0f").replace("inf", "not reached")
             text["samples to the reference's loss and the margin"] = samples
-        if "tunings" in row:
-            text["against"] = of_tunings(labels[row["against"]], row["tunings"])
+        text |= {} if several else {"against": against}
         text |= {
             "p, t test": formatted(row["t_p"], ".3g"),
             "p, after Holm": formatted(row["holm_p"], ".3g"),
@@ -227,15 +256,17 @@ def of_tunings(label: str, tunings: float) -> str:
 
 
 def readable_difference(row: dict[Any, Any], reference: str) -> dict[str, str]:
-    """Returns how far an arm is ahead of the reference as text, by column. A control has it in nats alone."""
-    has_gain = math.isfinite(row.get("percent", math.nan))
+    """Returns how far an arm is ahead of another as text, by column, with the other's label in a heading if given."""
+    has_gain, has_score = math.isfinite(row.get("percent", math.nan)), pd.notna(row.get("score"))
+    of = f" of {reference}" * bool(reference)
     points = f"by (points of {row.get('points_of', 'exact match')})"
     mark = "" if row.get("is_whole_split", True) else " *"
     return {
         "pairs": _pairs(row),
-        f"ahead of {reference} by (% of the task gain)": in_brackets(row, "percent", ".1f") if has_gain else "-",
+        f"ahead{of} by (% of the task gain)": in_brackets(row, "percent", ".1f") if has_gain else "-",
         "within (%)": spoken_bound(row.get("bound_percent")),
         points: in_brackets(row, "accuracy", ".1f") + mark if pd.notna(row.get("accuracy")) else "-",
+        **({f"{row['score_of']} (%)": f"{row['score']:.1f} against {row['score_against']:.1f}"} if has_score else {}),
         "by (nats/token)": in_brackets(row, "difference", ".4f"),
     }
 

@@ -70,12 +70,15 @@ def exported(name: str, form: str) -> str:
         others = readable_contrasts(rows, world.labels)
         readable = pd.concat([readable, others.assign(arm=others["arm"] + f" ({world.name})")]).fillna("-")
         said += f" Arms with ({world.name}) are published; their order is no result."
-    numbers = readable.columns.drop("what it says", errors="ignore")[:5]
-    frame = readable[[*numbers, *readable.columns.intersection(["what it says"])]]
+    columns = list(readable)
+    shown = [*columns[: columns.index("by (nats/token)")], "what it says"] if len(readable) else columns
+    frame = readable[[name for name in dict.fromkeys(shown[::-1]) if not readable[name].eq("-").all()][::-1]]
     if form == "markdown":
         return f"{markdown(frame)}\n{said}"
     told = frame.map(latex).rename(columns=latex)
-    return told.to_latex(index=False, caption=latex(said), label=f"tab:{name}", column_format="lrrrrl")
+    return told.to_latex(
+        index=False, caption=latex(said), label=f"tab:{name}", column_format="l" + "r" * (len(told.columns) - 2) + "l"
+    )
 
 
 def latex(text: str) -> str:

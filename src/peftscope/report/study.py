@@ -18,8 +18,8 @@ from peftscope.analysis.study import LOWEST, PLANNED, StudyResults
 from peftscope.layout import results_folder
 from peftscope.planning.experiment import A_A, STEP, Study
 from peftscope.report import contrasts
-from peftscope.report.answers import answer_of
-from peftscope.report.looks import GREY, Look, arm_looks
+from peftscope.report.answers import answer_of, headline
+from peftscope.report.looks import BLUE, GREEN, GREY, RED, arm_looks
 from peftscope.report.plots import LABEL_WIDTH, draw_figure, new_figure, plain_ticks
 from peftscope.report.spoken import spoken_worlds
 from peftscope.report.svg import INK
@@ -30,6 +30,10 @@ EARLIER_MARGIN, MARGIN_SINCE = 0.05, "November 2026"
 """The margin that was declared when most studies were planned, and when it fell to ``MARGIN``, after their results."""
 PANELS_BESIDE = 3
 """The most panels in a row of the figure of learning rates."""
+TITLE_WIDTH = 78
+"""The most letters in a line of a figure's title."""
+VERDICTS = {contrasts.AHEAD: GREEN, contrasts.SAME: BLUE, contrasts.OPEN: GREY, contrasts.BEHIND: RED}
+"""The colour of each word on a difference."""
 FARTHEST = 5.0
 """How many times as far as in the median row a point may lie for the figure of differences to show all of it."""
 
@@ -64,38 +68,46 @@ def draw_tuning(path: Path, study: StudyResults) -> None:
         panels[0, 0].figure.supylabel("NLL (nats/token)" if rows == 1 else "NLL (nats per response token)")
 
 
-def draw_differences(axes: plt.Axes, study: StudyResults) -> None:
-    """Draws how far each arm is ahead of the reference: a point per seed, the margin, the A/A band, the interval.
+def draw_differences(axes: plt.Axes, study: StudyResults, table: pd.DataFrame) -> None:
+    """Draws how far each arm is ahead of the reference, in the blocks of the table: seeds, mean, interval, the margin.
 
-    A mean and its interval stand there from three pairs on. An arm far beyond the others has its mean at the edge.
+    The colour is the verdict. A mean and its interval stand there from three pairs on. An arm far beyond the others has
+    its mean at the edge. The title is the first sentence of the typed answer, if there is one.
     """
-    labels, styles = study.labels, arm_looks(study.labels)
-    pairs = study.compared
     has_gain = not math.isnan(study.yardstick)
     scale = 100 / study.yardstick if has_gain else 1.0
-    samples = [scale * study.pairs(*pair) for pair in pairs]
-    for y, ((arm, against), sample) in enumerate(zip(pairs, samples, strict=True)):
-        is_a_a = arm.endswith(A_A)
-        colour, marker, _ = Look(GREY, "o") if is_a_a else styles[arm]
-        axes.plot(sample, [y] * len(sample), marker, ms=4, color=colour, alpha=0.6)
-        if len(sample) < FEWEST_FOR_MEANS:
-            continue
-        difference = study.difference(arm, against)
-        style = {"fmt": marker, "ms": 9, "mec": INK, "mew": 0.8, "capsize": 4, "color": colour}
-        axes.errorbar(scale * difference.mean, y, xerr=scale * difference.half_width(), **style)
-        if is_a_a:
-            low, high = difference.interval()
-            axes.axvspan(scale * low, scale * high, color=GREY, alpha=0.25, zorder=0)
-    for side in (-100 * MARGIN, 100 * MARGIN) if has_gain else ():
-        axes.axvline(side, color=INK, linestyle="--", linewidth=0.9)
+    rows = contrasts.in_blocks(table).to_dict("records")
+    samples = [scale * study.pairs(row["arm"], row["against"]) for row in rows]
+    for y, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        word = contrasts.word_of(row)
+        axes.plot(sample, [y] * len(sample), "o", ms=4, color=VERDICTS[word], alpha=0.45)
+        if len(sample) >= FEWEST_FOR_MEANS:
+            ends = [
+                [scale * (row["difference"] - row["difference_low"])],
+                [scale * (row["difference_high"] - row["difference"])],
+            ]
+            style = {"fmt": "o", "ms": 9, "mec": INK, "mew": 0.8, "capsize": 4, "color": VERDICTS[word]}
+            axes.errorbar(scale * row["difference"], y, xerr=ends, **style)
+        if y and row["against"] != rows[y - 1]["against"]:
+            axes.axhline(y - 0.5, color=GREY, linewidth=0.9)
+    if has_gain:
+        axes.axvspan(-100 * MARGIN, 100 * MARGIN, color=GREY, alpha=0.22, linewidth=0)
     axes.axvline(0, color=INK, linewidth=0.9)
     cut_at(axes, samples)
-    names = [contrasts.compared_label(arm, against, study.reference, labels) for arm, against in pairs]
-    axes.set_yticks(range(len(pairs)), [fill(name, LABEL_WIDTH) for name in names])
-    axes.set_ylim(max(1, len(pairs)) - 0.5, -0.5)
+    names = [contrasts.compared_label(row["arm"], row["against"], study.reference, study.labels) for row in rows]
+    axes.set_yticks(range(len(rows)), [fill(name, LABEL_WIDTH, break_on_hyphens=False) for name in names])
+    axes.set_ylim(max(1, len(rows)) - 0.5, -0.5)
     unit = "% of the task gain" if has_gain else "nats per response token"
     axes.set(xlabel=f"ahead by, in held-out loss\n({unit}); further right is better")
-    axes.set_title(f"Against {contrasts.reference_label(study)}")
+    title = headline(study, table) or f"Against {contrasts.reference_label(study)}"
+    axes.figure.suptitle(fill(title, TITLE_WIDTH), x=0.01, ha="left", fontsize="medium", fontweight="bold")
+    shown = {contrasts.word_of(row) for row in rows}
+    marks = [
+        plt.Line2D([], [], color=VERDICTS[word], marker="o", lw=0, label=word) for word in VERDICTS if word in shown
+    ]
+    axes.figure.legend(
+        handles=marks, loc="outside lower center", ncols=len(marks) or 1, fontsize="small", frameon=False
+    )
 
 
 def cut_at(axes: plt.Axes, samples: list[pd.Series]) -> None:
@@ -147,7 +159,6 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "subject": spoken_worlds([study.subject]),
         "answer": answer_of(study, table, contrasts.counted_line(table, contrasts.reference_label(study))),
         "compares": bool(rows),
-        "a_a": bool(a_a),
         "no_gain": math.isnan(study.yardstick) and any(name == "shuffled-labels" for name, _ in study.controls),
         "a_a_fails": any(row["difference_low"] > 0 or row["difference_high"] < 0 for row in a_a),
         "power": power(study) if not math.isnan(study.yardstick) else None,
@@ -180,9 +191,7 @@ def study_sentences(facts: dict[str, Any]) -> dict[str, str]:
     large += ", which include the tuning of both arms" * (several and facts["has_tuning"])
     differences = f"Points right of the line are better than {facts['against']}. Small points are seeds{large}."
     if facts["power"]:
-        differences += " Dashed lines are the margin of sameness."
-    if facts["a_a"] and several:
-        differences += f" The grey band is what {facts['first']} differs by from itself."
+        differences += " The grey band is the margin of sameness."
     tuning = f"Each arm is drawn beside {facts['first']}, which is grey. Small points are of seeds that only tuned. "
     tuning += f"Rings mark what was chosen: {facts['chosen']}. A rate at which training diverged has no point."
     return {"differences": differences, "tuning": tuning} if facts["compares"] else {"tuning": tuning}
@@ -196,14 +205,15 @@ def write_study(experiment: str) -> None:
     """
     study = StudyResults(experiment)
     study.require_finished()
+    tables = {}
     for name, make, readable in (
         ("contrasts", contrasts.contrasts, contrasts.readable_contrasts),
         ("controls", contrasts.controls, contrasts.readable_controls),
         ("tuning", contrasts.tuning, contrasts.readable_tuning),
     ):
-        frame = make(study)
+        tables[name] = frame = make(study)
         write_table(experiment, name, frame, readable(frame, study.labels))
     figures = results_folder(experiment) / "figures"
     draw_tuning(figures / "tuning.svg", study)
     if study.compared:
-        draw_figure(figures / "differences.svg", lambda axes: draw_differences(axes, study))
+        draw_figure(figures / "differences.svg", lambda axes: draw_differences(axes, study, tables["contrasts"]))
