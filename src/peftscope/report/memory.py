@@ -17,10 +17,14 @@ from peftscope.methods import METHODS
 from peftscope.report.looks import GREEN, GREY, RED, SAFE_COLOURS, looks, mixed
 from peftscope.report.plots import new_figure
 from peftscope.sizing.cheapest import OnCard
+from peftscope.sizing.grid import CENTRE
 from peftscope.sizing.why import Why
 from peftscope.words import GIB, spoken_bytes
 
-CARDS = ("24GiB", "48GiB", "80GiB")
+CARDS = {"24GiB": "RTX 4090", "48GiB": "L40S", "80GiB": "H100"}
+"""The sizes of cards that figures mark, each with a card that has it."""
+SCALE_GIB = 100
+"""Where the scale of the bars ends."""
 AXIS_LABELS = {"rank": "rank", "seq_len": "tokens of a sequence", "batch_size": "sequences a batch"}
 
 
@@ -48,25 +52,46 @@ def draw_grid(curves: Sequence[Path], path: Path) -> None:
 
 
 def draw_bars(bars: pd.DataFrame, path: Path) -> None:
-    """Draws the bytes at the peak by kind, with one bar per model and one panel per method."""
-    methods = list(dict.fromkeys(bars["method"]))
+    """Draws the bytes at the peak by kind: a block for each model with a bar for each method, all on one scale.
+
+    A bar that is longer than the scale ends with its size. The title says on which card the largest model fits.
+    """
     colours = dict(zip(KINDS, (*SAFE_COLOURS, mixed(GREY, -0.4)), strict=True))
-    with new_figure(path, 11, 3.8, columns=len(methods), sharey=True) as panels:
-        for axes, method in zip(panels, methods, strict=True):
-            part = bars[bars["method"] == method]
-            wide = part.pivot_table(index="model", columns="kind", values="bytes", sort=False, aggfunc="sum").fillna(0)
-            wide = wide / GIB
-            left = pd.Series(0.0, index=wide.index)
-            for kind in (kind for kind in KINDS if kind in wide):
-                axes.barh(wide.index, wide[kind], left=left, color=colours[kind], label=kind, linewidth=0)
-                left += wide[kind]
-            axes.invert_yaxis()
-            axes.set(title=METHODS[method].label, xlabel="allocated at the peak (GiB)")
-            _mark_cards(axes.axvline)
-        handles = _handles(panels)
-        shown = [kind for kind in KINDS if kind in handles]
-        entries = [handles[kind] for kind in shown]
-        panels[0].figure.legend(entries, shown, loc="outside lower center", ncols=5, fontsize=8)
+    wide = bars.pivot_table(index=["model", "method"], columns="kind", values="bytes", sort=False, aggfunc="sum")
+    wide = wide.fillna(0) / GIB
+    places = [row + model for row, model in enumerate(pd.factorize(wide.index.get_level_values("model"))[0])]
+    with new_figure(path, 6.6, 4.6) as axes:
+        left = pd.Series(0.0, index=wide.index)
+        for kind in (kind for kind in KINDS if kind in wide):
+            axes.barh(places, wide[kind], left=left, color=colours[kind], label=kind, linewidth=0)
+            left += wide[kind]
+        for place, size in zip(places, left, strict=True):
+            if size > SCALE_GIB:
+                axes.text(
+                    SCALE_GIB, place, f"{size:,.0f} → ", ha="right", va="center", color="white", fontweight="bold"
+                )
+        axes.set_yticks(places, [f"{model}, {METHODS[method].label}" for model, method in wide.index])
+        axes.set_xlim(0, SCALE_GIB)
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        for card, name in CARDS.items():
+            axes.axvline(find_gpu(card).memory_bytes / GIB, color=GREY, linewidth=1, linestyle="--")
+            axes.annotate(
+                f"{card.replace('GiB', ' GiB')}\n{name}",
+                (find_gpu(card).memory_bytes / GIB, 1),
+                xycoords=axes.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                fontsize="small",
+            )
+        axes.set_xlabel(
+            f"allocated at the peak (GiB)\none sequence of {CENTRE['seq_len']} tokens, activations recomputed"
+        )
+        model, method = wide.index[-1]
+        fits = [name for card, name in CARDS.items() if left.iloc[-1] * GIB < find_gpu(card).memory_bytes]
+        title = f"{METHODS[method].label} puts {model} on one {fits[0]}" if fits else f"{model} fits on none of these"
+        axes.figure.suptitle(title, x=0.01, ha="left", fontsize="medium", fontweight="bold")
+        axes.figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
 
 
 def draw_cheapest(cards: Sequence[OnCard], path: Path) -> None:

@@ -150,8 +150,8 @@ def _memory_pages() -> dict[str, Any] | None:
         return None
     centre = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in CENTRE.items())
     said = {
-        "bars": f"What is alive at the peak of a training step around {centre}, in closed form: full fine-tuning in "
-        "half precision throughout, LoRA, and QLoRA with gradient checkpointing as in its paper.",
+        "bars": f"What is alive at the peak of a training step around {centre}, in closed form, with recomputed "
+        "activations. Full fine-tuning is in half precision throughout. A longer bar ends with its size.",
         "grid": f"The memory that a card needs for {MODEL} around {centre}, including allocator and CUDA context. "
         "LoftQ takes the same as QLoRA.",
     }
