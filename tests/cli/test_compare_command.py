@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,13 @@ class TestMargins:
     def test_the_gain_of_a_study_is_its_own(self, peftscope, in_repository: None) -> None:
         _, text, _ = peftscope("compare", "variants-60:dora", "variants-60:lora", "--margin", "5%gain")
         assert "of the task gain (0.0343 nats per token): not told apart, within 0." in text
+
+    def test_arms_at_several_rates_show_the_losses_that_are_subtracted(self, peftscope, in_repository: None) -> None:
+        _, text, _ = peftscope("compare", "sums:r1", "sums:lora", "--margin", "2.5%gain")
+        mine, other = map(float, re.findall(r"(?:A|B and its A/A) (0\.\d+) nats", text))
+        (ahead,) = re.findall(r"A against B: ([−+]0\.\d+)", text)
+        assert other - mine == pytest.approx(float(ahead.replace("−", "-")), abs=1.1e-4)
+        assert "To decide whether they differ by more than 2.5 % of the task gain or are the same" in text
 
     def test_a_published_run_that_is_older_than_a_field_is_one_of_its_arm(self, peftscope: Command) -> None:
         code, text, message = peftscope("compare", "variants:adalora", "variants:lora")

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin:
     ahead = interval(pairing.mean, *difference.interval(), lambda v: signed(_scale(unit) * v, _form(unit)), name)
     yield f"A against B: {ahead} ({100 * CONFIDENCE:g} % interval), from {seen}. Above zero, A is better."
     if pairing.is_over_rates:
-        yield "As its study judges it: without the best and the worst seed, and with rates chosen anew without each."
+        yield _judged(a, b, unit)
     differs = pairing.p < 1 - CONFIDENCE
     is_exact = pairing.seeds == 1 and int((pairing.by_item != 0).sum()) <= FEW
     exact = f" by exact sign flips, because {FEW} items or fewer differ" if is_exact else ""
@@ -142,8 +143,20 @@ def describe(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin:
         said = f"{spoken_outcome(outcome, pairing.mean, margin.text)}, within {spoken(difference.bound, unit)}"
         yield f"Margin ±{margin.text}{value}: {said}."
     if outcome == Outcome.OPEN or (outcome == Outcome.DIFFERS and not math.isnan(margin.value)):
-        yield f"To decide, if the difference stayed as it is: {_needed(pairing, margin.value)}."
+        has_margin = not math.isnan(margin.value)
+        what = f"whether they differ by more than {margin.text} or are the same" if has_margin else "which is ahead"
+        yield f"To decide {what}, if the difference stayed as it is: {_needed(pairing, margin.value)}."
     yield from _sources(pairing, unit, differs=differs)
+
+
+def _judged(a: Sequence[Scored], b: Sequence[Scored], unit: str) -> str:
+    """Returns how a study at several rates judges two of its arms, with the losses that it subtracts."""
+    (name, arm), (_, against) = (side[0].study or ("", "") for side in (a, b))
+    study = StudyResults(name)
+    sides = [fmean(study.loss(entry) for entry in entries) for entries in study.entries(arm, against)]
+    tuned = [" and its A/A" * (len(entries) > 1) for entries in study.entries(arm, against)]
+    losses = "; ".join(f"{of}{more} {spoken(loss, unit)}" for of, more, loss in zip("AB", tuned, sides, strict=True))
+    return f"As its study judges it, without the best and the worst seed: {losses}. Rates are chosen anew without each."
 
 
 def comparison_json(a: Sequence[Scored], b: Sequence[Scored], pairing: Pairing, margin: Margin) -> dict[str, Any]:
