@@ -25,7 +25,7 @@ from peftscope.models.presets import PRESETS
 
 POINTS_FILE = Path("benchmarks/published_points.csv")
 CACHE = Path("results/scorecard")
-"""What was computed once: simulations, and the answers of others."""
+"""Results that are computed once: simulations, and the answers of others."""
 
 NOT_PEAKS = {
     "resident": "what stays between steps, not a peak",

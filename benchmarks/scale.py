@@ -1,4 +1,4 @@
-"""What the commands after the runs take with 50 to 5,000 finished runs: ``make benchmark-scale`` prints it.
+"""The time of the commands after the runs with 50 to 5,000 finished runs: ``make benchmark-scale`` prints it.
 
 The aims, at the largest size: the workflow finds nothing to do within 10 s; the whole report takes less
 than 60 s; none of it takes 2 GiB.
@@ -50,7 +50,7 @@ main([*"--touch --forceall --cores 1 --quiet --scheduler greedy --config".split(
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took: seconds by the wall and of the processor, and its largest resident size."""
+    """The cost of a command: seconds by the wall and of the processor, and its largest resident size."""
 
     seconds: float
     processor_seconds: float

@@ -82,7 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ORPO": {"job": "orpo", "checkpointing": False},
     "reward model": {"job": "reward"},
 }
-"""What is asked about each step, beside TRL's defaults."""
+"""The options of each step beside TRL's defaults."""
 HEADS = ("", "model", "loss", "lm_head", "score")
 """Modules that own what belongs to no layer: batch, masks, head and loss."""
 

@@ -35,7 +35,7 @@ PACKAGES = (*LIBRARIES, "peftscope")
 """The packages whose versions a record names."""
 
 TRY_AGAIN = "see its train.log; remove its record.json to try again (and state/, if it ran out of memory)"
-"""What to do about a run that failed."""
+"""The remedy for a run that failed."""
 
 
 class Damaged(InputError):

@@ -37,7 +37,7 @@ TOTAL = "Total Progress"
 
 
 class TimeLeft:
-    """What the jobs that are left will take: as estimated, times what those that ended took of their estimate.
+    """The time of the jobs that are left: as estimated, times what those that ended took of their estimate.
 
     Args:
         workflow: What is run; None: nobody knows, and every training counts as a short job.
@@ -101,7 +101,7 @@ class TimeLeft:
             return {}, 0
 
     def _seconds(self, rule: str, run_id: str | None = None) -> float:
-        """Returns the estimate of a job; of a training of which nobody knows which it is, the mean of those to come."""
+        """Returns the estimate of a job; for an unidentified training, the mean of the remaining ones."""
         if not self._runs or rule != "train":
             return RULE_SECONDS.get(rule, SHORT_SECONDS)
         if run_id is None:

@@ -1,4 +1,4 @@
-"""What paired differences say: the same, different by more than a margin, different, or open. No torch.
+"""Verdicts on paired differences: the same, different by more than a margin, different, or open. No torch.
 
 NumPy and scipy are loaded by what computes.
 """
@@ -20,7 +20,7 @@ MARGIN = 0.025
 
 
 class Outcome(StrEnum):
-    """What a comparison says."""
+    """The verdict of a comparison."""
 
     SAME = "same"
     SAME_BUT_DIFFERS = "same, but differs"
@@ -121,7 +121,7 @@ class Difference:
 
     @property
     def outcome(self) -> Outcome:
-        """What the comparison says."""
+        """The verdict of the comparison."""
         return self.outcome_at(self.p)
 
     def outcome_at(self, p: float) -> Outcome:

@@ -1,4 +1,4 @@
-"""What a run forgets while it learns: English prose against the loss on the task, along the training. No torch."""
+"""Forgetting along the training: English prose against the loss on the task. No torch."""
 
 from __future__ import annotations
 

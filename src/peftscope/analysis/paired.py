@@ -1,4 +1,4 @@
-"""What two sets of scored runs say about their difference, with seeds and items as two sources of chance. No torch."""
+"""The difference of two sets of scored runs, with seeds and items as two sources of chance. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEW = 16
 MOST = 1_000_000
 """The most seeds or items that are asked for."""
 ROUNDING = 1e-12
-"""A standard error, as a share of the difference or of 1, that is no more than what floats leave of none."""
+"""A standard error below this, as a share of the difference or of 1, counts as zero (rounding)."""
 
 
 @dataclass(frozen=True)

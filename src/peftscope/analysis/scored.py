@@ -1,4 +1,4 @@
-"""What a run scored, item by item. No torch."""
+"""The scores of a run, item by item. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOWER_IS_BETTER = (*LOSSES, "forgetting", "error")
 
 @dataclass(frozen=True)
 class Scored:
-    """What one run scored.
+    """The scores of one run.
 
     Attributes:
         system: The name of what is compared; runs of one system differ in their seed.

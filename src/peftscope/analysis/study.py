@@ -84,7 +84,7 @@ class StudyResults:
 
     @property
     def _chosen(self) -> dict[str, Any]:
-        """What was tried and chosen for each arm that was tuned."""
+        """The rates that were tried and chosen for each arm that was tuned."""
         if self._tuned is None and self.settings and self.settings.learning_rates:
             raise self._unfinished("its learning rates are not chosen")
         return self._tuned or {}
@@ -331,7 +331,7 @@ class StudyResults:
 
     @cached_property
     def task_gain(self) -> float:
-        """What the task itself teaches the arm of the control on shuffled labels, in nats per token: the yardstick.
+        """The gain of the shuffled-labels control's arm by the task itself, in nats per token: the yardstick.
 
         It is the loss after training on shuffled labels less that on the right ones. Of the shuffled runs the lowest
         loss along the training counts, if it was measured, because with epochs they learn wrong answers.

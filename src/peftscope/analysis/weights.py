@@ -1,4 +1,4 @@
-"""What was measured on the weights that runs keep: one table an experiment, and its rows by arm. No torch."""
+"""Measurements on the weights that runs keep: one table an experiment, and its rows by arm. No torch."""
 
 from __future__ import annotations
 

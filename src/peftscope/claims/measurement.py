@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Quantity = float | int | bool | str
 WITHIN, POINTS, TOKENS = "smallest margin of sameness", "points of exact match", "points of argmax tokens"
-"""What the evidence on a comparison calls its bound, and its differences in answers and in their tokens."""
+"""The names, in a comparison's evidence, of its bound and of its differences in answers and in their tokens."""
 
 
 class NotRunError(Exception):

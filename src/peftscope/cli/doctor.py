@@ -1,4 +1,4 @@
-"""What this machine can do, and what to do about what is missing."""
+"""The abilities of this machine, with a remedy for each that is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``peftscope expand`` says about an experiment on a card."""
+"""The lines of ``peftscope expand`` on an experiment on a card."""
 
 from __future__ import annotations
 

@@ -58,14 +58,14 @@ SAID_DEFAULTS = DEFAULTS | {
     "modules_to_save": "none",
     "options": "PEFT's; as JSON",
 }
-"""What the help says where the default is not the field's own."""
+"""The help's text of defaults that are not the field's own."""
 NOT_OF_FIT = ("optimizer_implementation", "eval_batch_size", "eval_gathers_logits", "eval_accumulation_steps")
 """Options that the command ``fit`` does not have: it asks about training alone."""
 READERS: dict[str, Callable[[str | None], Any]] = {
     **dict.fromkeys(("targets", "feedforward", "modules_to_save"), preset_or_modules),
     "options": lambda text: text and parse_json(text, "options"),
 }
-"""What reads the text of an option that is no plain value."""
+"""The parsers of options that are no plain values."""
 
 
 def run_options(*names: str) -> Callable[[Command], Command]:

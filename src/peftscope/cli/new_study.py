@@ -135,7 +135,7 @@ def study_text(file: Path, others: list[str], world: str = "A", seeds: int | Non
 
 
 def _options(world: str, seeds: int | None, fixed: dict[str, Any]) -> list[str]:
-    """Returns in words what a study does not take as it is by default."""
+    """Returns in words the options of a study that differ from the defaults."""
     own = [f"{value} steps" if field == "steps" else value for field, value in fixed.items()]
     return [f"world {world}"] * (world != "A") + own + [f"{seeds} seeds"] * bool(seeds)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from peftscope.sizing.why import Why
 
 SHOWN = 8
-"""As many candidates stand in a table."""
+"""The most candidates that a table lists."""
 
 
 def show_reading(reading: Reading, console: Console) -> None:

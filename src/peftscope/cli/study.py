@@ -1,4 +1,4 @@
-"""What `expand` says of a study before it runs: its stages, and what its pairs will be able to see."""
+"""The lines of `expand` on a study before it runs: its stages, and the differences that its pairs can detect."""
 
 from __future__ import annotations
 

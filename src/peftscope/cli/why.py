@@ -30,13 +30,13 @@ _settings = typer.Typer(add_completion=False)
 SharedModel = Annotated[str | None, typer.Option("--model", help="A preset, a config.json, or a hub id.")]
 GpuName = Annotated[str | None, typer.Option(help="For its CUDA context: rtx4090, a100, ..., or 24GiB.")]
 UsageError: Any = typer.BadParameter.__mro__[1]
-"""What typer raises for wrong words: newer versions carry a click of their own."""
+"""The error that typer raises for wrong words: newer versions carry a click of their own."""
 SPEC_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a person asks about: a model, or None if none was named, and options as ``ask`` takes them."""
+    """The subject of a question: a model, or None if none was named, and options as ``ask`` takes them."""
 
     model: Model | str | None
     options: dict[str, Any]

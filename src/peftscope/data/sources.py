@@ -1,4 +1,4 @@
-"""What a task's items come from, and reading or making them. No torch."""
+"""The sources of a task's items, and reading or making them. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training changed in a weight matrix: the size, the rank and the directions of its update."""
+"""The update of a weight matrix by training: the size, the rank and the directions of its update."""
 
 from __future__ import annotations
 

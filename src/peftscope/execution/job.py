@@ -108,10 +108,10 @@ class Job:
                 resource.verify()
             spent = Seconds(verify=time.perf_counter() - verifying, wait=verifying - waiting)
             with cards_claimed(self.spec.shards if self.spec.device == "cuda" else 0):
-                self._survive()
+                self._fork_and_watch()
                 self._run((began, spent, turns))
 
-    def _survive(self) -> None:
+    def _fork_and_watch(self) -> None:
         """Forks and returns in the child. The parent waits, and writes a record if a signal killed the child."""
         before = host_kills()
         killed = survive_child()

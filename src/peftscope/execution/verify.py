@@ -22,7 +22,7 @@ from peftscope.planning.published import RECORDS, published_records
 from peftscope.record import FINAL, RunRecord, parse_record, read_record
 
 COMPARED = ("losses", "scores", "weights", "peaks")
-"""What is compared: the losses of all steps, the scores, the saved adapter, the tracked and the predicted peaks."""
+"""Compared are the losses of all steps, the scores, the saved adapter, the tracked and the predicted peaks."""
 
 
 @dataclass(frozen=True)

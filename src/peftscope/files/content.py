@@ -46,7 +46,7 @@ InnerPath = Annotated[str, Field(pattern=f"^{_INNER_PART}(/{_INNER_PART})*$")]
 
 
 class Strict(BaseModel):
-    """What people write into files, read once: a field that is not known is an error."""
+    """The content of files that people write, read once: a field that is not known is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -22,7 +22,7 @@ FETCH_SECONDS = 24 * 3600
 
 @dataclass(frozen=True)
 class Resource:
-    """What runs read: a model, a task or a benchmark.
+    """An input of runs: a model, a task or a benchmark.
 
     Attributes:
         folder: The folder, with the files and ``manifest.json``.

@@ -99,7 +99,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a card can do at most, per second.
+    """The peak rates of a card, per second.
 
     Attributes:
         bf16_flops: Floating-point operations of dense products of 16-bit numbers that are summed in fp32.
@@ -115,7 +115,7 @@ class Speed:
 
 
 class Rates(NamedTuple):
-    """What a machine reaches.
+    """The rates that a machine reaches.
 
     Attributes:
         flops: The floating-point operations per second of a large product.
@@ -166,7 +166,7 @@ with CARDS_FILE.open(newline="", encoding="utf-8") as _file:
 GPUS: dict[str, Gpu] = {key: _gpu(row) for key, row in _ROWS.items()}
 """The known cards by the names that commands take."""
 SPEEDS: dict[str, Speed] = {key: _speed(row) for key, row in _ROWS.items() if row["bf16_teraflops"]}
-"""What each card can do, as far as it is known."""
+"""The peak rates of each card, as far as they are known."""
 
 USUAL_CARDS = ("rtx4080", "rtx4090", "a100", "a6000", "a100-80gb", "h200")
 """If only the memory of a card is known, estimates use the speed of the one of these cards with the nearest memory."""

@@ -12,8 +12,8 @@ from pathlib import Path
 class Turns:
     """This process's place among those of its user that take turns on this machine.
 
-    Who works holds the room, together with others; who is timed holds it alone. Who waits to be timed holds the door,
-    so that nobody enters meanwhile. Both are locks of files, which the system releases with their process. A timed run
+    Running processes share the lock of the room; a timed process holds it alone. One that waits to be timed also locks
+    the door, so that none can start. Both are locks of files, which the system releases with their process. A timed run
     has ``threads`` processor threads.
     """
 

@@ -119,7 +119,7 @@ class Peaks:
 
 
 Wanted = Literal["all", "reserved", "whether"]
-"""What a question asks about reserved bytes: also what fragments keep on a card, or how many, or whether too many."""
+"""How a question asks about reserved bytes: with the fragments on a card, their number, or their excess."""
 
 
 def peaks_by_formula(

@@ -32,7 +32,7 @@ WAYS = {
     "fsdp1": "weights, gradients and states (FSDP's flat parameters, formula only)",
     "fsdp2": "weights, gradients and states (torch's fully_shard, formula only)",
 }
-"""What each way of sharding spreads over the cards."""
+"""The tensors that each way of sharding spreads over the cards."""
 
 
 def _evaluation(question: Question) -> str:

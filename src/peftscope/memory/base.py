@@ -28,7 +28,7 @@ ENDINGS: dict[str, dict[str, Any]] = {
 }
 """The ``quantization_config`` of checkpoints whose hub id ends so, as far as it decides memory."""
 DYNAMIC = "dynamic 4 bits: what this checkpoint keeps of its layers in 16 bits comes on top"
-"""What an answer says of a checkpoint whose hub id ends with -unsloth-bnb-4bit."""
+"""The note of an answer on a checkpoint whose hub id ends with -unsloth-bnb-4bit."""
 
 
 @dataclass(frozen=True)

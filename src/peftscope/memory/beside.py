@@ -1,4 +1,4 @@
-"""What a question says beside the fields of a run and its method: options of the calculator alone. No torch."""
+"""Options that only the calculator has, beside the fields of a run and its method. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftscope.spec import RunSpec
 
 
 class Job(NamedTuple):
-    """What sets the step of a job apart, by TRL's trainers.
+    """The properties of a job's step, by TRL's trainers.
 
     Attributes:
         rows: The rows of the loss pass for each item of the batch.
@@ -42,7 +42,7 @@ JOBS = {
 
 
 class Beside(BaseModel):
-    """What a question says beside the fields of a run and its method."""
+    """Options that only the calculator has, beside the fields of a run and its method."""
 
     model_config = ConfigDict(frozen=True)
 

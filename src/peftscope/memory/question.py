@@ -68,7 +68,7 @@ def options_of(spec: RunSpec) -> dict[str, Any]:
 
 
 DEFAULTS: dict[str, Any] = {"batch_size": 1, "seq_len": 512, "precision": "bf16", "loss_path": "hf"}
-"""What a plain PyTorch and PEFT script does. All other options have the default of their field."""
+"""The settings of a plain PyTorch and PEFT script. All other options have the default of their field."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ Trainer = Literal["trl", "axolotl", "llama-factory", "torchtune", "unsloth", "pe
 
 
 class Regime(NamedTuple):
-    """What a trainer does by default.
+    """The defaults of a trainer.
 
     Attributes:
         version: The release that was read.

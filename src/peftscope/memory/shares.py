@@ -1,4 +1,4 @@
-"""What one card holds if several share a model, or the host a part of it. No torch.
+"""The share of one card if several hold a model, or the host a part of it. No torch.
 
 All of it is formula only: the simulation knows one card and one training step.
 """

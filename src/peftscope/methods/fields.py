@@ -123,7 +123,7 @@ class Quantization(Strict):
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """What the closed form of memory (``memory/formula``) must know about a method that it covers.
+    """The properties of a method that the closed form of memory (``memory/formula``) needs.
 
     Attributes:
         layer: The formula of an adapted layer: that of LoRA, of AdaLoRA's P E Q, of DoRA or of IA3.
@@ -183,7 +183,7 @@ class Method(BaseModel):
     run_defaults: ClassVar[Mapping[str, Any]] = {}
     """The settings of a method that ``defaults.yaml`` does not name: at least its learning rate."""
     closed_form: ClassVar[ClosedForm | None] = None
-    """What the closed form of memory must know. None means that the method is simulated instead."""
+    """The properties that the closed form of memory needs. None means that the method is simulated instead."""
     memory_assumptions: ClassVar[tuple[str, ...]] = ()
     """Assumptions behind answers about its memory, beyond those for all methods, one sentence each."""
 
@@ -313,7 +313,7 @@ class Method(BaseModel):
 
 
 class Prepended(Method):
-    """What the methods share that train virtual tokens before the prompt."""
+    """The common base of methods that train virtual tokens before the prompt."""
 
     closed_form: ClassVar[ClosedForm | None] = ClosedForm()
     generates_from_cache: ClassVar[bool] = False

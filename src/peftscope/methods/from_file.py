@@ -18,7 +18,7 @@ from peftscope.methods.fields import Method, RunSpec
 
 
 class FromFile(Method):
-    """What a method gains by coming from a file: the file's content is part of each spec, run id and record."""
+    """The mark of a method that comes from a file: the file's content is part of each spec, run id and record."""
 
     file_sha256: str
 

@@ -50,7 +50,7 @@ def wrap_with_lora(
 
 
 class LowRank(Method):
-    """What LoRA and its variants share. It is no method itself; each of them has its own name."""
+    """The common base of LoRA and its variants. It is no method itself; each of them has its own name."""
 
     closed_form: ClassVar[ClosedForm | None] = ClosedForm()
 
@@ -77,7 +77,7 @@ class LowRank(Method):
 
 
 class LowRankOnFewBits(LowRank):
-    """What the variants share whose base is stored in 4 bits, or simulated in fewer."""
+    """The common base of variants whose weights are stored in 4 bits, or simulated in fewer."""
 
     quant_type: QuantType = "nf4"
     double_quant: DoubleQuant = True

@@ -30,7 +30,7 @@ class Vision(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What the towers of a kind of model have in common.
+    """The common properties of a kind of model's towers.
 
     Attributes:
         family: The ``model_type`` of the language model that the closed form knows, or empty without a closed form.

@@ -1,4 +1,4 @@
-"""What a training job asks of a cluster's scheduler: host memory and minutes. No torch."""
+"""The resources that a training job asks of a cluster's scheduler: host memory and minutes. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftscope.words import GIB
 PROCESS_BYTES = 2 * GIB
 """A process that has imported torch, transformers and lm-eval, reads its data and writes its checkpoint."""
 MARGIN = 1.25
-"""What a job asks for, over the peak of its tensors: allocators keep freed memory, and generation has a cache."""
+"""The memory of a job over the peak of its tensors: allocators keep freed memory, and generation has a cache."""
 LONGEST = 4
 """Tokens of a task's longest item over those of a usual one, where its entry does not say how many that has.
 
@@ -28,7 +28,7 @@ SLOWER = 3
 """How much longer than estimated a job may take before it is stopped; it then goes on where it was."""
 SHORTEST_MINUTES = 20
 UNKNOWN_BYTES = 64 * GIB
-"""What a job asks for if the shape of its model is not known before it is fetched."""
+"""The memory of a job if the shape of its model is not known before it is fetched."""
 
 
 class JobDemands:

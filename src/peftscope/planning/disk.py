@@ -1,4 +1,4 @@
-"""What the downloads and results of runs take on the disk. No torch."""
+"""The disk space of downloads and results of runs. No torch."""
 
 from __future__ import annotations
 

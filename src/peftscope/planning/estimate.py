@@ -55,7 +55,7 @@ ONE_THREAD = ("one thread",)
 ONE_THREAD_SLOWER = 1.55
 """How many times as long as on two threads a step takes on one of two cores, while the other has a run as well."""
 CEILINGS = ("matmul_flops_per_second", "copy_bytes_per_second")
-"""What a record says of its machine."""
+"""The fields of a record on its machine."""
 LIKE_OTHERS = "lora"
 """The method whose records stand in for one that has none."""
 EVALUATION = (

@@ -89,7 +89,7 @@ class Study(Strict):
             ``ARM: null``.
         learning_rates: What is tried for each arm that is tuned, in ascending order: three rates or more, or none if
             its centre is given.
-        centres: The centres of arms for which they are known already; null: none is, whatever the extended file says.
+        centres: The centres of arms for which they are known already; null: inherit no centre from the extended file.
         chosen_rates: The rate of each arm, and of the one that enters again, that an earlier version chose.
         chosen_by: How it did, for the study's page.
         given_rates: The rate of each arm that is compared at a rate that was given, as in a paper.
@@ -283,7 +283,7 @@ class Entrant:
 
 
 class Experiment(Strict):
-    """What an experiment file may say."""
+    """The content of an experiment file."""
 
     title: str = ""
     description: str = ""

@@ -1,4 +1,4 @@
-"""What the Snakefile asks: the runs of experiments, and the files, options and resources of each. No torch."""
+"""The questions of the Snakefile: the runs of experiments, and the files, options and resources of each. No torch."""
 
 from __future__ import annotations
 

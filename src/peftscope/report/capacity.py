@@ -20,7 +20,7 @@ SENTENCE = (
     f"{100 * CONFIDENCE:g} % intervals, where the sizes enclose them: beyond a break more is given and no "
     "more is stored."
 )
-"""What the figure shows, in words."""
+"""The caption of the figure."""
 
 
 def draw_capacity(axes: plt.Axes, table: pd.DataFrame) -> None:

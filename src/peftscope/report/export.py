@@ -25,7 +25,7 @@ from peftscope.report.tables import markdown
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "“": "``", "”": "''"}
 LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
 LATEX |= {"−": "$-$", "±": r"$\pm$", "×": r"$\times$", "√": r"$\surd$", "α": r"$\alpha$", "[": "{[}"}
-"""What stands in LaTeX for the signs that it reads as its own, or that a font may lack; a bracket may begin no cell."""
+"""The LaTeX for signs that it reads as its own, or that a font may lack; a bracket may begin no cell."""
 
 
 def caption(study: StudyResults) -> str:

@@ -1,4 +1,4 @@
-"""What a report contains: one list for ``peftscope report``, the page and the findings. No torch."""
+"""The parts of a report: one list for ``peftscope report``, the page and the findings. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftscope.report import benchmarks, capacity, forgetting, overfitting, plot
 
 @dataclass(frozen=True)
 class Part:
-    """What one function writes into an experiment's folders of tables and figures.
+    """The files that one function writes into an experiment's folders of tables and figures.
 
     Attributes:
         write: The function, which takes the experiment. That of an answer takes the axes before it, and draws the

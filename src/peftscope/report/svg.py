@@ -33,7 +33,7 @@ OWN_COLOURS = (
     f"<style>svg{{--ink:{INK};--line:{LINE}}}"
     "@media(prefers-color-scheme:dark){svg{--ink:#e6edf3;--line:#3d444d}}</style>"
 )
-"""What a file of its own says about colours; in a page, the page says it."""
+"""The colours of a file of its own; in a page, the page sets them."""
 
 
 def svg_of(figure: plt.Figure, name: str) -> str:

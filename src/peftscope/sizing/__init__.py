@@ -1,1 +1,1 @@
-"""What people ask about memory and time: what fits, how long, why runs differ, what failed, and a trainer's file."""
+"""Questions about memory and time: fit, duration, differences of runs, failures, and a trainer's file."""

@@ -34,7 +34,7 @@ MOST_ROWS = 1 << 16
 SHORTEST = 256
 """The fewest tokens that a remedy cuts sequences to."""
 NOTHING = "a smaller model, a larger card, or --gpus"
-"""What is left where no change makes a run fit."""
+"""The last remedies, where no change makes a run fit."""
 
 FREE = ("reference", "loss", "checkpointing", "batch_size")
 LEVELS: tuple[tuple[tuple[str, ...], ...], ...] = (
@@ -55,7 +55,7 @@ SPARED: dict[str, tuple[str, ...]] = {
 """The kinds of blocks that a change leaves as they are; a change that is not named may shrink all."""
 
 Values = Mapping[str, list[dict[str, Any]]]
-"""What each change of ``LEVELS`` may set, the mildest first; none: the run is so already, or cannot be."""
+"""The values that each change of ``LEVELS`` may set, the mildest first; none: the run is so already, or cannot be."""
 
 
 def values_of(
@@ -148,7 +148,7 @@ def _yaml(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked, so that it can be asked again with changes.
+    """A question that can be asked again with changes.
 
     Attributes:
         question: The question.
@@ -188,7 +188,7 @@ class Asked:
 
     @cached_property
     def keys(self) -> Mapping[str, Mapping[str, Any]]:
-        """What the trainer's file has for each option; nothing without a trainer."""
+        """The trainer's key for each option; nothing without a trainer."""
         from peftscope.sizing.trainers import remedies_in
 
         return remedies_in(self.reading.trainer if self.reading else self.question.beside.as_trainer or "")

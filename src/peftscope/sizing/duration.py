@@ -30,7 +30,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a person says about time: how much data, at what price, and what a card without a known speed can do.
+    """A question about time: how much data, at what price, and what a card without a known speed can do.
 
     Raises:
         InputError: A number is not above 0.

@@ -1,4 +1,4 @@
-"""What runs need on a card, each asked once, and whether they fit. No torch."""
+"""The needs of runs on a card, each asked once, and whether they fit. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftscope.memory.question import METHOD_OPTIONS, Question
 from peftscope.methods import METHODS
 
 ACCEPTED: tuple[tuple[Fits, ...], ...] = (("yes",), ("yes", "tight"))
-"""What advice aims at: that a run fits with room and, if nothing does, that it fits at all."""
+"""The aims of advice: that a run fits with room and, if nothing does, that it fits at all."""
 
 
 def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def options_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]
 
 
 class Needs:
-    """What runs need on a card, each computed once.
+    """The needs of runs on a card, each computed once.
 
     Attributes:
         gpu: The card.

@@ -1,4 +1,4 @@
-"""What torch's out-of-memory error was about: allocations of the asked size, fragmentation, what would fit. No torch.
+"""The causes of an out-of-memory error of torch: allocations of the asked size, fragments, remedies. No torch.
 
 Source: ``CUDACachingAllocator.cpp``, whose text changed with torch 1.4 and 2.1. The size in it is that of the segment
 that the allocator asked CUDA for, rounded to two decimals.
@@ -38,7 +38,7 @@ PATTERNS = {
 
 MATH_SCORES = "scores of one layer, if SDPA takes its math kernel"
 FAR = 0.1
-"""Above this share of the text's allocated bytes, a candidate's are called far from them."""
+"""A warning follows if a candidate's live bytes differ from the message's by more than this share."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What an error was about.
+    """The causes of an error.
 
     Attributes:
         refusal: The figures of the text.

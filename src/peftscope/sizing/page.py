@@ -1,4 +1,4 @@
-"""What the calculator's page asks, as JSON: the fields of its form, answers, what fits, and why. No torch."""
+"""The questions of the calculator's page, as JSON: the fields of its form, answers, what fits, and why. No torch."""
 
 from __future__ import annotations
 

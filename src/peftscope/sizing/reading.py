@@ -1,4 +1,4 @@
-"""What is read from a trainer's file: rows that say what keys mean, and the lists that an answer shows. No torch."""
+"""The content of a trainer's file: rows with the meaning of keys, and the lists that an answer shows. No torch."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def take(reading: Reading, row: Row) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """What a key of a trainer's file says.
+    """The meaning of a key of a trainer's file.
 
     Attributes:
         option: The option of the question that it sets. A row is left out if the file's method has no such option.

@@ -14,9 +14,9 @@ HALF_SHARDED = ("shard_grad_op", "2", "hybrid_shard", "4", "hybrid_shard_zero2",
 STRATEGIES = {"no_shard": 0, "3": 0} | dict.fromkeys(HALF_SHARDED, 2)
 """FSDP's strategies that leave weights whole, by name or number, and the stage of each; false: after a forward pass."""
 MIXED = "accelerate 1.15, utils/fsdp_utils.py:820 and accelerator.py:2037; DeepSpeed does the same"
-"""What keeps trained weights in fp32 under mixed precision."""
+"""The settings that keep trained weights in fp32 under mixed precision."""
 OFFLOADS = {"optimizer": "optimizer", "param": "parameters"}
-"""What DeepSpeed's keys call the parts that it offloads, and the option for each, the larger last."""
+"""DeepSpeed's names of the parts that it offloads, and the option for each, the larger last."""
 STRATEGY_KEYS = (
     "fsdp_config.reshard_after_forward",
     "fsdp_config.fsdp_reshard_after_forward",

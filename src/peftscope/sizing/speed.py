@@ -23,9 +23,9 @@ FITTED_FILE = Path(__file__).with_name("speed.json")
 """The constants, and how far left-out speeds were from the prediction. ``make speed`` writes this file."""
 
 NORM_BYTES, NORM_LAUNCHES = 36, 8
-"""What a value costs that ``LlamaRMSNorm`` reads in 16 bits: it is computed in fp32, one kernel an operation."""
+"""The cost of a value that ``LlamaRMSNorm`` reads in 16 bits: it is computed in fp32, one kernel an operation."""
 ROTARY_BYTES, ROTARY_LAUNCHES = 18, 5
-"""What a value of queries or keys costs in ``apply_rotary_pos_emb``."""
+"""The cost of a value of queries or keys in ``apply_rotary_pos_emb``."""
 DEQUANTISED_BYTES = 2.56
 """The bytes of unpacking a 4-bit weight in ``dequantize_4bit``: it and its share of a constant, and 16 bits."""
 DORA_BYTES = 26

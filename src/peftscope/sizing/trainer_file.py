@@ -61,9 +61,9 @@ OF_METHOD: dict[tuple[Pasted, str], dict[str, Any]] = {
 }
 """The keys of a method with bf16 products; adapters lie on all linear layers."""
 YOURS = {"axolotl": "datasets and output_dir", "llama-factory": "dataset, template and output_dir"}
-"""What a trainer needs beside."""
+"""The keys that a trainer needs beside."""
 IMPORTS = {"peft": "LoraConfig", "transformers": "BitsAndBytesConfig"}
-"""What TRL's script imports if it uses it."""
+"""The import of TRL's script if it uses it."""
 SCRIPT = (
     "from datasets import load_dataset\n{imports}"
     "from trl import SFTConfig, SFTTrainer\n\n"

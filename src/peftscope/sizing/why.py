@@ -20,7 +20,7 @@ NOTABLE = 0.05
 """A term gets a sentence above this share of the difference; of the larger peak, where the difference is below it."""
 
 FAINT = 0.01
-"""A phase without the peak is told about if it changed by this share of the larger peak more than the peak did."""
+"""A phase other than the peak's is mentioned if it changed by this share of the larger peak more than the peak did."""
 
 PREPARED = "fp32 copies that k-bit preparation makes"
 PREPARATION = "peft prepare_model_for_kbit_training: what exceeds the model's own precision"
@@ -39,7 +39,7 @@ PHASE_NAMES = {
 
 @dataclass(frozen=True)
 class Side:
-    """What is compared: the memory of a run at the peak of one of its phases.
+    """A side of the comparison: the memory of a run at the peak of one of its phases.
 
     Attributes:
         name: What sets it apart from the other side, for sentences.

@@ -34,7 +34,7 @@ DIGEST_DIGITS = 16
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What changes from step to step: what a checkpoint is made from, and put back into."""
+    """The state that changes from step to step: a checkpoint is made from it, and put back into it."""
 
     model: Any
     optimizer: torch.optim.Optimizer

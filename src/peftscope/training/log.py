@@ -1,4 +1,4 @@
-"""What the training loop measures, step by step."""
+"""The measurements of the training loop, step by step."""
 
 from __future__ import annotations
 

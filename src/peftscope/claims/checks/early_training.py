@@ -1,4 +1,4 @@
-"""What the first training steps of a LoRA layer do as its rank or its width grows."""
+"""The first training steps of a LoRA layer as its rank or its width grows."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def less_forgotten(study: str, arm: str, against: str) -> Measurement:
 
 
 def ratio_at_equal_shift(study: str, arm: str, against: str, at_lowest: bool = False) -> Measurement:
-    """Returns what an arm has forgotten over what another has where both have moved their answers as far from the base.
+    """Returns the ratio of the forgetting of two arms where both have moved their answers as far from the base.
 
     That is the largest shift that both reach along the training; see ``evaluation.heldout`` and ``less_forgotten``.
     Both run at several rates, and what they have forgotten are means without the lowest and the highest seed. Runs that

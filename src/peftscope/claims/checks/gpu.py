@@ -25,7 +25,7 @@ Run = dict[str, Any]
 Extreme = Literal["smallest", "largest"]
 State = Literal["base", "apart", "merged"]
 Found = tuple[str, tuple[float, float, float]]
-"""What was timed beside a card and a batch size, and its ratio with both bounds."""
+"""Timings with their card and batch size, and their ratio with both bounds."""
 
 
 def step_ratio(

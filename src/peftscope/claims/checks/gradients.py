@@ -1,4 +1,4 @@
-"""What gradients reach in a model with LoRA, and what training steps change."""
+"""Where gradients flow in a model with LoRA, and which weights training steps change."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def trained_rank(ranks: Sequence[int], alpha_over_rank: float, steps: int) -> Me
 
 
 class Published(Strict):
-    """What a paper prints."""
+    """The numbers that a paper prints."""
 
     name: str
     source: Annotated[str, Field(min_length=8, description="paper, and table, section or script")]

@@ -65,8 +65,8 @@ def learning_rate_spread(study: str, arms: list[str], resamples: int = 2000) -> 
 def rate_correlation(study: str, arms: list[str], setting: str, resamples: int = 2000) -> Measurement:
     """Returns Spearman's correlation over arms of the best learning rate with a setting; see ``learning_rate_ratio``.
 
-    A setting is a field of the runs, such as ``alpha``. Equal best rates of all arms, which an end of the lists can
-    make of them, count as a correlation of 0.
+    A setting is a field of the runs, such as ``alpha``. If all arms have the same best
+    rate, as when all stop at the end of their lists, the correlation is 0.
     """
     results = StudyResults(study)
     values = [float(results.tuning_runs(arm)[setting].iloc[0]) for arm in arms]

@@ -1,4 +1,4 @@
-"""What the letters of a formula mean, and where each term comes from. No torch."""
+"""The meaning of a formula's letters, and the origin of each term. No torch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DIMENSIONS = {
     "Y": "its other values",
     "1/G": "one over the number of cards",
 }
-"""What the letters of a formula mean."""
+"""The meaning of a formula's letters."""
 
 OPTIMIZER_COPY = "temporary copy of the optimizer"
 GATHERED = "gathered logits of the evaluation"

@@ -62,7 +62,7 @@ class Advice:
 
     @property
     def file(self) -> str | None:
-        """What the trainer reads to do the first option; None: no trainer is named, nothing fits, or it has a tower."""
+        """The trainer's file for the first option; None: no trainer is named, nothing fits, or it has a tower."""
         if self.situation.trainer is None or not self.options or self.situation.model.vision:
             return None  # adapters of all linear layers would be on a tower's too, which is not what was sized
         option = self.options[0]

@@ -38,13 +38,13 @@ SCOPE_WIDTH = 72
 """The most characters of a claim's scope that a line of the advice repeats."""
 
 HABIT = "a habit; not tested here"
-"""What is said of a recommendation that nobody cited here tested."""
+"""The note on a recommendation that nobody cited here tested."""
 
 Findings = Mapping[str, Mapping[str, Any]]
 
 
 class Standing(IntEnum):
-    """What a recommendation rests on, the strongest first."""
+    """The grounds of a recommendation, the strongest first."""
 
     COMPUTED = 0
     HOLDS = 1
@@ -55,7 +55,7 @@ class Standing(IntEnum):
 
 
 class Grounds(Strict):
-    """What a recommendation says, and what it rests on.
+    """A recommendation with its grounds.
 
     Attributes:
         says: The recommendation, or its reason, as a sentence.
@@ -159,7 +159,7 @@ class Rule(Grounds):
 
 
 class Change(Grounds):
-    """What a change that costs quality, or may, costs; ``name`` is its name."""
+    """The cost of a change that lowers quality, or may; ``name`` is its name."""
 
     name: str
 

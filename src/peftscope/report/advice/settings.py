@@ -22,16 +22,16 @@ USUAL_LENGTH = 512
 RESPONSE_SHARE = 0.5
 """The share of the tokens that carry a loss, as the memory calculator assumes."""
 BITS_PER_TOKEN = 1.0
-"""What a response token holds that is to be learned. Source: Schulman et al. 2025 (LoRA Without Regret)."""
+"""The bits of a response token that are to be learned. Source: Schulman et al. 2025 (LoRA Without Regret)."""
 BITS_PER_PARAMETER = 2.0
-"""What a trained parameter stores, claim P5."""
+"""The bits that a trained parameter stores, claim P5."""
 LARGEST_RANK = 256
 """The largest rank that is advised, which is the largest that papers tuned."""
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What advice is asked for.
+    """The subject of advice.
 
     Attributes:
         model: The base.
