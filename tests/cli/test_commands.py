@@ -187,10 +187,10 @@ def test_it_says_its_version(peftscope: Command) -> None:
 
 def test_a_study_is_a_table_for_a_paper_a_page_and_a_program(peftscope: Command, in_repository: None) -> None:
     latex, markdown, csv = (peftscope("table", "dora-norm", form)[1] for form in ("--latex", "--markdown", "--csv"))
-    assert r"DoRA & n = 8 & +1.7 {[}$-$1.5, +4.8] & 4.3 & +3.7 {[}$-$0.0, +7.5] * & not told apart \\" in latex
+    assert r"DoRA & LoRA & n = 8 & +1.7 {[}$-$1.5, +4.8] & 4.3 & +3.7 {[}$-$0.0, +7.5] * & not told apart \\" in latex
     assert r"\caption{How far each arm is ahead of LoRA" in latex and "task gain, with 95 \\% intervals" in latex
     assert "Each arm ran at one rate." in latex
-    assert "| DoRA | n = 8 | +1.7 [−1.5, +4.8] | 4.3 | +3.7 [−0.0, +7.5] * | not told apart |" in markdown
+    assert "| DoRA | LoRA | n = 8 | +1.7 [−1.5, +4.8] | 4.3 | +3.7 [−0.0, +7.5] * | not told apart |" in markdown
     assert csv == Path("results/published/dora-norm/tables/contrasts.csv").read_text()
     code, _, errors = peftscope("table", "dora-norm", "--csv", "--latex")
     assert code == 2 and "--latex: does not go with --csv" in errors

@@ -153,6 +153,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
     a_a = [row for row in rows if row["arm"].endswith(A_A)]
     given = [labels[arm] for arm in (*settings.given_rates, *settings.borrowed_rates) if arm in study.arms]
     rates = {arm: study.rate(arm) for arm in study.arms}
+    broken = contrasts.tuning(study).query("is_best and steep > 0").to_dict("records")
     return {
         "first": labels[study.reference],
         "against": contrasts.reference_label(study),
@@ -180,6 +181,7 @@ def study_facts(study: StudyResults, settings: Study) -> dict[str, Any]:
         "at_an_end": "; ".join(labels[arm] for arm in study.arms_at_an_end),
         "left_out": contrasts.told_left_out(study),
         "base_loss": f"{study.base_loss:.3f}",
+        "broken": "; ".join(f"{labels[row['arm']]} {row['steep']} of {row['n']}" for row in broken),
         "smallest_p": f"{2 / 2 ** max((row['n'] for row in rows), default=len(settings.seeds)):.3g}",
     }
 
